@@ -1,0 +1,46 @@
+# Needs Python 3.11 or later, as `python3` or as `make PYTHON=...`; everything
+# else is installed into .venv by the first target that needs it.
+
+PYTHON ?= python3
+# Where `make demo` works, and what `make test` adds to pytest's command line.
+WORKDIR ?= runs/demo
+TEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/setup.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format
+
+help: ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## Make .venv with the package and the pinned tools.
+
+demo: $(STAMP) ## Train the demo on a CPU; WORKDIR=... says where to.
+	$(BIN)/python -m dpop_jax.cli.demo --workdir=$(WORKDIR)
+
+test: $(STAMP) ## Run the tests; TEST_ARGS="-k losses" picks some.
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(STAMP) ## Check format, style, types and import layers.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## Format the code and sort the imports.
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+# __init__.py is here for the version in it.
+$(STAMP): setup.py constraints.txt dpop_jax/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) \
+	  else "dpop_jax needs Python 3.11 or later, and $(PYTHON) is " \
+	  + sys.version.split()[0] + "; name another one: make PYTHON=...")'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) what constraints.txt pins; this takes minutes."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@

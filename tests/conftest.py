@@ -1,0 +1,45 @@
+"""Makes silent mistakes loud, and gives every test eight devices."""
+
+import os
+import pathlib
+
+import hypothesis
+import jax
+import pytest
+
+# On accelerators results differ in the last digits, and there may be only one.
+if "JAX_PLATFORMS" not in os.environ:
+  jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# A cache that outlives a run would hide what a change does to compilation.
+jax.config.update("jax_enable_compilation_cache", False)
+
+# No test may need a network. The libraries read these when they are imported,
+# which is after this file.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# The first example of a test may compile for seconds, hence no deadline. In CI
+# the examples are always the same, so that only a change can make it fail.
+hypothesis.settings.register_profile(
+  "dpop_jax",
+  deadline=None,
+  max_examples=30,
+  derandomize="CI" in os.environ,
+)
+hypothesis.settings.load_profile("dpop_jax")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """The folder of real data sets, tokenizers and weights; skips without it."""
+  folder = os.environ.get("DPOP_SHARED_DATA", "")
+  if not folder:
+    pytest.skip("needs real data: DPOP_SHARED_DATA names no folder of it")
+  path = pathlib.Path(folder).resolve()
+  if not path.is_dir():
+    raise ValueError(f"DPOP_SHARED_DATA should be a folder, got {folder!r}.")
+  return path
