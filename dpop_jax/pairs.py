@@ -1,0 +1,109 @@
+"""The arrays everybody speaks: token pairs, packed rows, and a picture of one.
+
+A batch is a forest. The sequences of a tree (prompt + chosen, prompt +
+rejected, and those of every other pair that shares a beginning with them) are
+merged into one prefix tree over token ids, and trees are laid out depth-first,
+one behind the other, in rows of static length. A token sees its ancestors and
+itself, and one integer per token says it all: query `q` sees key `k` exactly
+when `k <= q < visible_until[k]`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CHOSEN, REJECTED = 0, 1
+# Where a token of an answer stands relative to what differs between answers.
+BEFORE_EDIT, AT_EDIT, AFTER_EDIT = 0, 1, 2
+NUM_REGIONS = 3
+
+Array = Any  # jax.Array, or np.ndarray on the host.
+
+
+class TokenPair(NamedTuple):
+  """One preference pair as token ids, on the host.
+
+  Attributes:
+    prompt: int32 [prompt_length], at least one token; holds the BOS, if any.
+    chosen: int32 [chosen_length], ends with EOS.
+    rejected: int32 [rejected_length], ends with EOS; empty for supervised data.
+  """
+
+  prompt: np.ndarray
+  chosen: np.ndarray
+  rejected: np.ndarray
+
+
+class PackedBatch(NamedTuple):
+  """Rows of prefix trees, and which edges of them belong to which answer.
+
+  One row with the pair (prompt `<s> 2+2`, chosen `= 4 .`, rejected `= 5 .`):
+
+    index            0    1    2    3    4    5    6    7
+    tokens          <s>  2+2   =    4    .    5    .    -
+    positions        0    1    2    3    4    3    4    0
+    visible_until    7    7    7    5    5    7    7    7
+
+  An edge is scored once, from the hidden state of the parent
+  (`score_positions`) to the token of the child (`score_targets`). Edges that
+  belong to the same answers in the same regions form a branch, and links say
+  which branches an answer is the sum of. With slot = (2 * pair + side) * 3 +
+  region, where side is CHOSEN or REJECTED and region BEFORE_EDIT, AT_EDIT or
+  AFTER_EDIT:
+
+    score_positions  1  2  3  2  5        score_targets    =  4  .  5  .
+    score_branches   0  1  2  3  4
+    link_branches    0  0  1  2  3  4
+    link_slots       0  3  1  2  4  5
+
+  Padding: tokens that nobody sees (`visible_until[k] == k`), scores of branch
+  `num_branches`, links to slot `num_slots`, pairs of weight 0. All arrays may
+  have further leading axes (microbatches).
+
+  Attributes:
+    tokens: int32 [rows, length].
+    positions: int32 [rows, length]; depth in the tree, the position for RoPE.
+    visible_until: int32 [rows, length]; end of the subtree of a token.
+    score_positions: int32 [rows, scores].
+    score_targets: int32 [rows, scores].
+    score_branches: int32 [rows, scores]; non-decreasing never assumed.
+    num_scores: int32 [rows]; scores beyond are padding.
+    link_branches: int32 [rows, links].
+    link_slots: int32 [rows, links].
+    answer_lengths: int32 [rows, pairs, 2, 3]; scored tokens by side and region.
+    pair_weights: float32 [rows, pairs]; 1 for a pair, 0 for padding.
+    pair_ids: int32 [rows, pairs]; index in the data set, -1 for padding.
+  """
+
+  tokens: Array
+  positions: Array
+  visible_until: Array
+  score_positions: Array
+  score_targets: Array
+  score_branches: Array
+  num_scores: Array
+  link_branches: Array
+  link_slots: Array
+  answer_lengths: Array
+  pair_weights: Array
+  pair_ids: Array
+
+  @property
+  def num_pairs(self) -> int:
+    """Pairs a row can hold."""
+    return self.pair_weights.shape[-1]
+
+  @property
+  def num_slots(self) -> int:
+    """Answers times regions that a row can hold."""
+    return self.num_pairs * 2 * NUM_REGIONS
+
+
+class WeightedSum(NamedTuple):
+  """A sum and the weight it was taken over; merging is addition."""
+
+  total: Array
+  weight: Array
+
+  def mean(self) -> Array:
+    return self.total / self.weight
