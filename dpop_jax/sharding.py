@@ -1,0 +1,111 @@
+"""The mesh, and the one table that says what is split over it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+MESH_AXES = (DATA, FSDP, TENSOR)
+# Mesh axes that the rows of a batch are split over.
+ROW_AXES = (DATA, FSDP)
+
+# Logical axis of a parameter -> mesh axis it is split over.
+AXIS_RULES = (
+  ("layers", None),
+  ("embed", FSDP),
+  ("vocab", TENSOR),
+  ("heads", TENSOR),
+  ("kv_heads", TENSOR),
+  ("head_dim", None),
+  ("mlp", TENSOR),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices along each mesh axis; one of them may be -1 to take the rest.
+
+  Attributes:
+    data: Rows are split, parameters are not.
+    fsdp: Rows and parameters are split.
+    tensor: Heads, MLP and vocabulary are split.
+  """
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.astuple(self)
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+      raise ValueError(
+        "mesh.data, mesh.fsdp and mesh.tensor must be positive, at most one of "
+        f"them -1 to take the rest of the devices; got {sizes}."
+      )
+
+
+def make_mesh(
+  config: MeshConfig,
+  devices: Sequence[jax.Device] | None = None,  # pyright: ignore
+) -> jax.sharding.Mesh:
+  """The mesh `(data, fsdp, tensor)` over all devices.
+
+  Args:
+    config: Sizes of the axes.
+    devices: All devices of all processes, if not given.
+
+  Raises:
+    ValueError: The sizes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = dataclasses.astuple(config)
+  fixed = math.prod(size for size in sizes if size != -1)
+  shape = tuple(len(devices) // fixed if s == -1 else s for s in sizes)
+  if math.prod(shape) != len(devices):
+    raise ValueError(
+      f"mesh.data, mesh.fsdp, mesh.tensor = {sizes} do not divide the "
+      f"{len(devices)} devices that there are; set one of them to -1 to let it "
+      "take the rest."
+    )
+  # Explicit axes, the default of jax 0.10, do not work with Linen's Embed.
+  types = (jax.sharding.AxisType.Auto,) * len(shape)
+  return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+
+
+def num_row_shards(mesh: jax.sharding.Mesh) -> int:
+  """Number of pieces that the rows of a batch are split into."""
+  return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def active_row_shards() -> int:
+  """The same for the mesh in use; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return math.prod(mesh.shape[axis] for axis in active_axes(*ROW_AXES))
+
+
+def active_axes(*names: str) -> tuple[str, ...]:
+  """Those of our mesh axes that the mesh in use has; () without a mesh."""
+  axes = jax.sharding.get_abstract_mesh().axis_names
+  return tuple(name for name in names if name in axes)
+
+
+def per_device(function: Callable, *, in_specs, out_specs) -> Callable:
+  """Runs a function on every device's own shards; plainly without our mesh.
+
+  Collectives in the function name their axes with `active_axes`.
+  """
+  if active_axes(*MESH_AXES) != MESH_AXES:
+    return function
+  return jax.shard_map(
+    function, in_specs=in_specs, out_specs=out_specs, check_vma=False
+  )
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+  """Keeps `[rows, ...]` split by rows, so that weights are gathered instead."""
+  if active_axes(*MESH_AXES) != MESH_AXES:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(ROW_AXES))
