@@ -1,0 +1,189 @@
+"""The compiled functions of a run, built in one place.
+
+Whoever needs to know what a run does to a machine compiles exactly these.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpop_jax import config as config_lib
+from dpop_jax import optim, sharding, steps
+from dpop_jax import pairs as pairs_lib
+from dpop_jax.models import decoder
+
+
+class Program(NamedTuple):
+  """What is needed to compile and run the steps of a config on a mesh.
+
+  Attributes:
+    mesh: Where everything lies.
+    abstract_state: `steps.State` of shapes, dtypes and shardings.
+    abstract_reference: The reference's parameters likewise; None for SFT.
+    batch_sharding: Of the arrays of a PackedBatch [microbatches, rows, ...].
+    init_opt_state: Parameters to a fresh optimizer state, born sharded.
+    schedule: Learning rate at a step.
+    train_step: Jitted `steps.train_step`; donates the state.
+    eval_step: Jitted `steps.eval_step`.
+  """
+
+  mesh: jax.sharding.Mesh
+  abstract_state: steps.State
+  abstract_reference: steps.Params | None
+  batch_sharding: NamedSharding
+  init_opt_state: Callable[[steps.Params], optax.OptState]
+  schedule: optim.Schedule
+  train_step: jax.stages.Wrapped
+  eval_step: jax.stages.Wrapped
+
+
+def make_program(
+  config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_steps: int
+) -> Program:
+  """Builds the steps of a run; nothing is compiled yet.
+
+  Args:
+    config: The run.
+    mesh: Devices; may be those of a machine that is not there.
+    num_steps: Updates of the whole run, for the learning rate.
+
+  Raises:
+    ValueError: The mesh does not divide the model or the rows.
+  """
+  check(config, mesh)
+  optimizer, schedule = optim.make_optimizer(
+    config.optimizer, num_steps=num_steps
+  )
+  objective = config_lib.make_objective(config.loss)
+  params = decoder.abstract_params(config.model, mesh)
+  replicated = NamedSharding(mesh, P())
+  opt_state = _abstract_opt_state(optimizer, params, replicated)
+  state = steps.State(
+    step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+    params=params,
+    opt_state=opt_state,
+  )
+  reference = None if objective.is_sft else params
+  batch_sharding = NamedSharding(mesh, P(None, sharding.ROW_AXES))
+  shardings = functools.partial(jax.tree.map, lambda x: x.sharding)
+  inputs = (shardings(reference), batch_sharding, replicated)
+  step = functools.partial(
+    steps.train_step,
+    config=config.model,
+    objective=objective,
+    optimizer=optimizer,
+  )
+  evaluate = functools.partial(
+    steps.eval_step, config=config.model, objective=objective
+  )
+  return Program(
+    mesh=mesh,
+    abstract_state=state,
+    abstract_reference=reference,
+    batch_sharding=batch_sharding,
+    init_opt_state=jax.jit(
+      optimizer.init,
+      in_shardings=(shardings(params),),
+      out_shardings=shardings(opt_state),
+    ),
+    schedule=schedule,
+    train_step=jax.jit(
+      step,
+      in_shardings=(shardings(state), *inputs),
+      out_shardings=(shardings(state), replicated),
+      donate_argnums=0,
+    ),
+    eval_step=jax.jit(
+      evaluate,
+      in_shardings=(shardings(params), *inputs),
+      out_shardings=replicated,
+    ),
+  )
+
+
+def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
+  """Raises ValueError if the mesh does not divide the model or the rows."""
+  config.model.check_mesh(mesh)
+  num_shards = sharding.num_row_shards(mesh)
+  if config.batch.rows_per_microbatch % num_shards:
+    raise ValueError(
+      f"batch.rows_per_microbatch ({config.batch.rows_per_microbatch}) must be "
+      f"a multiple of mesh.data * mesh.fsdp ({num_shards}), so that every "
+      "device has the same number of rows."
+    )
+
+
+def use_compilation_cache(config: config_lib.Config) -> None:
+  """Keeps what is compiled from now on where the config says, if it does."""
+  path = config.run.compilation_cache_dir
+  if path is not None:
+    jax.config.update("jax_compilation_cache_dir", path)
+
+
+def compile_step(
+  step: jax.stages.Wrapped,
+  program: Program,
+  first: steps.State | steps.Params,
+  batch: pairs_lib.PackedBatch,
+) -> jax.stages.Compiled:
+  """Compiles a step of the program once, for all batches of one shape.
+
+  Args:
+    step: `program.train_step` or `program.eval_step`.
+    program: The program.
+    first: Abstract first argument: the state or the parameters.
+    batch: A batch, or its shapes and dtypes.
+  """
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=program.batch_sharding
+    ),
+    batch,
+  )
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  with jax.set_mesh(program.mesh):
+    return step.lower(first, program.abstract_reference, batch, count).compile()
+
+
+def put_batch(
+  program: Program, batch: pairs_lib.PackedBatch
+) -> pairs_lib.PackedBatch:
+  """A batch on the mesh; every process gives the whole of it."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      x.shape, program.batch_sharding, x.__getitem__
+    ),
+    batch,
+  )
+
+
+def _abstract_opt_state(
+  optimizer: optax.GradientTransformation, params, replicated: NamedSharding
+):
+  """Moments are sharded like the parameters they have the shape of."""
+  state = jax.eval_shape(optimizer.init, params)
+
+  def place(leaf, param):
+    # Adafactor's row and column statistics have other shapes and are small.
+    is_like = leaf.shape == param.shape
+    return jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype,
+      sharding=param.sharding if is_like else replicated,
+    )
+
+  return optax.tree_utils.tree_map_params(
+    optimizer,
+    place,
+    state,
+    params,
+    transform_non_params=lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=replicated
+    ),
+  )

@@ -1,0 +1,86 @@
+"""The config of a run, beside its checkpoints: what made them."""
+
+import json
+import pathlib
+
+from dpop_jax import atomic_files, checkpoints
+from dpop_jax import config as config_lib
+
+FILE_NAME = "config.json"
+# What may change between two starts of a run without making it another run.
+_FREE_TO_CHANGE = (
+  "mesh.",
+  "checkpoints.",
+  "model.remat",
+  "data.cache_dir",
+  # Only how the pairs of an update are split over devices and time.
+  "batch.rows_per_microbatch",
+  "run.num_steps",
+  "run.num_epochs",
+  "run.log_every_steps",
+  "run.eval_every_steps",
+  "run.compilation_cache_dir",
+)
+
+
+def save(config: config_lib.Config, workdir: str) -> None:
+  """Writes `workdir`/config.json, whole or not at all."""
+  text = json.dumps(config_lib.to_dict(config), indent=2)
+  atomic_files.write_text(pathlib.Path(workdir) / FILE_NAME, text + "\n")
+
+
+def load(workdir: str) -> config_lib.Config:
+  """The config that the run in `workdir` was last started with.
+
+  Raises:
+    ValueError: There is no run, or its config is not one of this version.
+  """
+  path = pathlib.Path(workdir) / FILE_NAME
+  try:
+    return config_lib.from_dict(_read(path))
+  except FileNotFoundError:
+    raise ValueError(
+      f"There is no run in {workdir}: expected its {FILE_NAME} there."
+    ) from None
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
+  """What differs from the config of the run that is to be continued.
+
+  A run without a complete checkpoint has nothing to continue and may be
+  replaced by any other.
+
+  Args:
+    config: Of this start.
+    workdir: Of the run.
+
+  Returns:
+    `key: old -> new`, for keys that are free to change.
+
+  Raises:
+    ValueError: Something else differs, so that it would be another run.
+  """
+  path = pathlib.Path(workdir) / FILE_NAME
+  if not path.exists() or checkpoints.newest(workdir) is None:
+    return []
+  try:
+    old = _read(path)
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be used: {error}") from error
+  differences = config_lib.differences(old, config_lib.to_dict(config))
+  other = [d for d in differences if not d.startswith(_FREE_TO_CHANGE)]
+  if other:
+    raise ValueError(
+      f"{workdir} holds a run with another config; use another --workdir or "
+      f"undo: {'; '.join(other)}."
+    )
+  return differences
+
+
+def _read(path):
+  values = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(values, dict):
+    raise ValueError(f"it should hold an object, got {values!r}.")
+  return values

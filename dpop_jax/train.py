@@ -1,0 +1,206 @@
+"""The training loop, top to bottom."""
+
+import concurrent.futures
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpop_jax import (
+  checkpoints,
+  evaluate,
+  inputs,
+  metric_writers,
+  progress,
+  saved_config,
+  sharding,
+  steps,
+  training_log,
+)
+from dpop_jax import config as config_lib
+from dpop_jax import program as program_lib
+from dpop_jax.data import plan as plan_lib
+
+
+class Result(NamedTuple):
+  """How a run ended.
+
+  Attributes:
+    step: Updates made in all.
+    is_complete: False if the run was asked to stop before its end.
+    eval_metrics: Means on the held-out pairs at the end, if there are any.
+    params: The policy.
+  """
+
+  step: int
+  is_complete: bool
+  eval_metrics: dict[str, float] | None
+  params: steps.Params
+
+
+def train(config: config_lib.Config, workdir: str) -> Result:
+  """Trains, or continues what a killed or preempted run left in `workdir`.
+
+  Args:
+    config: What to do.
+    workdir: Folder of checkpoints/, metrics.jsonl, tensorboard/, config.json.
+
+  Raises:
+    FileNotFoundError: A file of the config is missing.
+    ValueError: The config, the data and the mesh do not fit together, or the
+      workdir holds another run.
+    FloatingPointError: Something went non-finite.
+  """
+  config = inputs.pin_initial_params(config)
+  differences = saved_config.check_same_run(config, workdir)
+  program_lib.use_compilation_cache(config)
+  mesh = sharding.make_mesh(config.mesh)
+  # Before the data is read: whatever can be refused is refused early.
+  program_lib.check(config, mesh)
+  data = inputs.load_data(config, workdir)
+  num_steps = config.run.steps_for(len(data.train), config.batch.batch_size)
+  program = program_lib.make_program(config, mesh, num_steps=num_steps)
+  plan = plan_lib.Plan(
+    data.train, config.batch, seed=config.run.seed, num_steps=num_steps
+  )
+  is_primary = jax.process_index() == 0
+  if is_primary:
+    saved_config.save(config, workdir)
+  with (
+    checkpoints.Checkpoints(workdir, config.checkpoints) as saved,
+    checkpoints.Preemption() as preemption,
+  ):
+    first_step = saved.latest_step()
+    state, reference = _start(config, program, saved)
+    with (
+      metric_writers.MetricWriter(
+        workdir, resume_step=first_step, is_primary=is_primary
+      ) as writer,
+      progress.Progress(
+        "train",
+        num_steps=num_steps,
+        first_step=first_step or 0,
+        is_shown=is_primary,
+      ) as bar,
+    ):
+      for difference in differences:
+        bar.print(f"Changed since the last start: {difference}")
+      bar.print(_describe(data, plan, first_step))
+      if data.eval is None:
+        evaluator = None
+      else:
+        evaluator = evaluate.Evaluator(program, data.eval, config.batch)
+      log = training_log.TrainingLog(config, program, plan, writer, bar)
+      result = _run(
+        config,
+        program,
+        plan,
+        evaluator,
+        state,
+        reference,
+        saved=saved,
+        preemption=preemption,
+        log=log,
+      )
+      if not result.is_complete:
+        bar.print(
+          f"Asked to stop: saved step {result.step}. Run again to continue."
+        )
+      return result
+
+
+def _run(
+  config,
+  program,
+  plan,
+  evaluator,
+  state,
+  reference,
+  *,
+  saved,
+  preemption,
+  log,
+) -> Result:
+  """The loop itself, from the state's step to the plan's last."""
+  step, num_steps = int(state.step), plan.num_steps
+  eval_metrics = None
+  log.check_state(step, state)
+  if evaluator and (step == 0 or step >= num_steps):
+    eval_metrics = evaluator(state.params, reference)
+  if step >= num_steps:
+    # The run was complete already, and so are its metrics on disk.
+    return Result(step, True, eval_metrics, state.params)
+  if eval_metrics:
+    log.add_evaluation(step, eval_metrics)
+  train_step = program_lib.compile_step(
+    program.train_step, program, program.abstract_state, plan.empty_batch()
+  )
+  log.restart_clock()
+  is_complete = True
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+    def prepare(step):
+      planned = plan.step(step)
+      batch = program_lib.put_batch(program, planned.batch)
+      return planned._replace(batch=None), batch
+
+    upcoming = pool.submit(prepare, step)
+    while step < num_steps:
+      planned, batch = upcoming.result()
+      if step + 1 < num_steps:
+        upcoming = pool.submit(prepare, step + 1)
+      state, report = train_step(
+        state, reference, batch, np.int32(planned.num_microbatches)
+      )
+      step += 1
+      # While this step runs, the host deals with the one before.
+      log.add(step, planned, report)
+      is_last = step == num_steps
+      is_stopped = preemption.requested(step)
+      every = config.run.eval_every_steps
+      is_eval_due = evaluator and (is_last or (every and step % every == 0))
+      is_save_due = is_last or is_stopped or saved.is_due(step)
+      if is_eval_due or is_save_due:
+        log.flush()
+      # Before the save: a resumed run does not evaluate its first step again.
+      if is_eval_due:
+        eval_metrics = evaluator(state.params, reference)
+        log.add_evaluation(step, eval_metrics)
+        log.restart_clock()
+      if is_save_due:
+        # The report tells of the state before the update.
+        log.check_state(step, state)
+        saved.save(step, state)
+      if is_stopped and not is_last:
+        upcoming.cancel()
+        is_complete = False
+        break
+  return Result(step, is_complete, eval_metrics, state.params)
+
+
+def _start(config, program, saved):
+  """The state to go on from, and the reference: both start as one model."""
+  is_resumed = saved.latest_step() is not None
+  has_reference = program.abstract_reference is not None
+  reference = None
+  if has_reference or not is_resumed:
+    params = inputs.initial_params(config, program.mesh)
+    reference = params if has_reference else None
+  if is_resumed:
+    return saved.restore(program.abstract_state), reference
+  if has_reference:
+    # The state is donated step by step, so it needs arrays of its own.
+    params = jax.tree.map(jnp.copy, params)
+  zero = jax.device_put(jnp.int32(0), program.abstract_state.step.sharding)
+  return steps.State(zero, params, program.init_opt_state(params)), reference
+
+
+def _describe(data, plan, first_step) -> str:
+  held_out = "" if data.eval is None else f", {len(data.eval)} held out"
+  start = "" if first_step is None else f" Continuing from step {first_step}."
+  return (
+    f"{len(data.train)} pairs{held_out}; {plan.num_steps} steps in rows of "
+    f"{plan.capacity.tokens} tokens, at most {plan.max_microbatches} "
+    f"microbatches each.{start}"
+  )

@@ -1,0 +1,85 @@
+"""Runs that take a second: files of a few rows, a tokenizer of 14 characters.
+
+Not a test itself.
+"""
+
+import copy
+import json
+import pathlib
+
+from dpop_jax import config as config_lib
+
+# Ids in this order: `?` for unknown, `^` begins and `$` ends a sequence.
+CHARACTERS = "?^$ abcdefghij"
+PAIRS = [
+  {"prompt": p, "chosen": f"{c}{c}", "rejected": f"{c}{r}"}
+  for p in ("ab", "ba", "abc", "cab", "bb")
+  for c, r in (("c", "d"), ("e", "f"), ("g", "h"), ("i", "j"))
+]
+# Everything but the paths.
+SECTIONS = {
+  "model": dict(
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+  ),
+  "data": dict(bos_token="^", eos_token="$", num_eval_pairs=4),
+  "batch": dict(batch_size=4, row_length=32, rows_per_microbatch=4),
+  "loss": dict(name="dpop", beta=0.3, dpop_lambda=50.0),
+  "optimizer": dict(name="adamw", peak_learning_rate=1e-2, warmup_steps=2),
+  "run": dict(num_steps=8, log_every_steps=2, eval_every_steps=4),
+  "checkpoints": dict(save_every_steps=3),
+  "mesh": dict(data=2, fsdp=2, tensor=2),
+}
+
+
+def write_rows(path: pathlib.Path, rows) -> str:
+  """Writes JSON lines, and returns the path as text."""
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def write_tokenizer(path: pathlib.Path) -> str:
+  """Writes a tokenizer with one id per character."""
+  import tokenizers
+
+  vocabulary = {character: i for i, character in enumerate(CHARACTERS)}
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(vocabulary, unk_token="?")
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+  tokenizer.decoder = tokenizers.decoders.Fuse()
+  tokenizer.save(str(path))
+  return str(path)
+
+
+def write_data(folder: pathlib.Path) -> dict[str, str]:
+  """The paths of the `data` section, of files that are written here."""
+  return {
+    "train": write_rows(folder / "pairs.jsonl", PAIRS),
+    "tokenizer": write_tokenizer(folder / "tokenizer.json"),
+  }
+
+
+def make_sections(data: dict[str, str], **changes) -> dict:
+  """The sections above with the data's paths and changed keys, by `a__b`."""
+  sections = copy.deepcopy(SECTIONS)
+  sections["data"] |= data
+  for name, value in changes.items():
+    section, key = name.split("__")
+    sections[section][key] = value
+  if "loss__name" in changes:
+    options = ("beta", "dpop_lambda")
+    used = config_lib.LOSSES[changes["loss__name"]].options
+    for option in options:
+      if option not in used:
+        del sections["loss"][option]
+  return sections
+
+
+def make_config(data: dict[str, str], **changes) -> config_lib.Config:
+  """A config of these sections."""
+  return config_lib.from_dict(make_sections(data, **changes))
