@@ -199,7 +199,11 @@ def _backward_chunks(
     entries, sources, logits, is_target = chunks.logits(chunk)
     is_padding = (entries >= positions.size)[:, None]
     gradient = jnp.where(is_padding, 0.0, gradients[entries][:, None])
-    probabilities = jnp.exp(logits - log_normalizers[entries][:, None])
+    # Padding has no log-normalizer, and the exp of its logits may be inf.
+    normalizers = jnp.where(
+      is_padding, jnp.inf, log_normalizers[entries][:, None]
+    )
+    probabilities = jnp.exp(logits - normalizers)
     logit_gradient = jnp.where(is_target, gradient, 0.0)
     logit_gradient = logit_gradient - gradient * probabilities
     logit_gradient = logit_gradient.astype(hidden.dtype)

@@ -106,6 +106,34 @@ def test_blocks_that_no_token_needs_are_skipped(monkeypatch):
   ]
 
 
+def test_a_row_of_a_length_without_divisors_is_padded(monkeypatch):
+  # 48 has the divisor 16 below 22, which is near enough; 47 is prime.
+  monkeypatch.setattr(attention, "MAX_BLOCK_SIZE", 22)
+  lengths = []
+  blocks = attention.visible_blocks
+  monkeypatch.setattr(
+    attention,
+    "visible_blocks",
+    lambda until: lengths.append(until.shape[-1]) or blocks(until),
+  )
+  for length, computed in ((48, 48), (47, 66)):
+    until = jnp.minimum(random_visibility(0)[:, :length], length)
+    mask = attention.forest_mask(until)
+    cut = [x[:, :length] for x in inputs()]
+    got = value_and_gradients(
+      lambda q, k, v, until=until: attention.forest_attention(q, k, v, until),
+      *cut,
+    )
+    want = value_and_gradients(
+      lambda q, k, v, mask=mask: attention.masked_attention(q, k, v, mask),
+      *cut,
+    )
+    for a, b in zip(got, want, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+    assert set(lengths) == {computed}
+    lengths.clear()
+
+
 def test_padding_sees_nothing_and_gives_zeros():
   until = jnp.arange(LENGTH, dtype=jnp.int32)[None].repeat(ROWS, axis=0)
   out = value_and_gradients(

@@ -246,3 +246,22 @@ def test_extreme_logits_stay_finite():
   )
   assert score(zero)[0, 0] == 0.0
   assert score(zero + 1)[0, 0] == -2e4
+
+
+@pytest.mark.parametrize("chunk_size", [2, 256])
+def test_padding_with_huge_logits_reaches_no_gradient(chunk_size):
+  # Padded entries read position 0, whose logits are 400 and overflow exp.
+  hidden = jnp.ones((1, 4, 4)).at[0, 0].set(100.0)
+  positions = jnp.array([[1, 2, 3, 0]])
+  targets = jnp.zeros((1, 4), jnp.int32)
+  total = lambda hidden, unembedding: logprobs.token_logps(
+    hidden,
+    unembedding,
+    positions,
+    targets,
+    jnp.array([3]),
+    chunk_size=chunk_size,
+  ).sum()
+  gradients = jax.grad(total, argnums=(0, 1))(hidden, jnp.ones((6, 4)))
+  assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+  np.testing.assert_array_equal(gradients[0][0, 0], jnp.zeros(4))

@@ -64,9 +64,17 @@ def forest_attention(
   Softmax is accumulated block by block in float32 and recomputed in the
   backward pass. Blocks in which no query sees a key are not computed. Rows are
   split over the mesh's data and fsdp axes and heads over its tensor axis, with
-  no communication.
+  no communication. A row that has no divisor near MAX_BLOCK_SIZE is padded, for
+  blocks of a few tokens would take a hundred times as long.
   """
-  return _attention(*map(jnp.asarray, (query, key, value, visible_until)))
+  inputs = [jnp.asarray(x) for x in (query, key, value, visible_until)]
+  length = query.shape[1]
+  if block_size(length) * 4 >= MAX_BLOCK_SIZE or length <= MAX_BLOCK_SIZE:
+    return _attention(*inputs)
+  # A key with `visible_until` 0 is seen by nobody.
+  padding = -length % MAX_BLOCK_SIZE
+  widths = lambda x: ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)
+  return _attention(*(jnp.pad(x, widths(x)) for x in inputs))[:, :length]
 
 
 @jax.custom_vjp

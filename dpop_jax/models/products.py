@@ -5,8 +5,8 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-# By which a remat policy knows the results: what is inside of a function with its
-# own gradient is hidden from it.
+# By which a remat policy knows the results: what is inside of a function with
+# its own gradient is hidden from it.
 NAME = "weight_product"
 
 
