@@ -120,6 +120,36 @@ def test_grouping_by_prompt_keeps_the_pairs_of_a_prompt_together():
   )
 
 
+@pytest.mark.parametrize(
+  ("num_shared", "num_rows", "num_trees"),
+  # In order, rows of 101 would hold 60 | 60 | 60 + 25 | 41 + 25; one by one
+  # they hold 60 + 41 three times.
+  [(16, 3, 6)]
+  # 60 + 21 | 60 + 2 + 2 + 2.
+  + [(39, 2, 2)],
+)
+def test_prompts_share_a_tree_where_that_takes_fewer_rows(
+  num_shared, num_rows, num_trees
+):
+  shared = np.arange(num_shared, dtype=np.int32)
+  answers = np.array([[1], [2]], np.int32)
+  pairs = [
+    pairs_lib.TokenPair(
+      np.append(shared, np.full(size - num_shared - 2, 50 + i, np.int32)),
+      *answers,
+    )
+    for i, size in enumerate((60, 60, 60, 41, 41, 41))
+  ]
+  config = plan.BatchConfig(batch_size=6, row_length=101)
+  planned = plan.Plan(
+    dataset.TokenPairs.of(pairs), config, seed=0, num_steps=1
+  ).step(0)
+  batch = planned.batch
+  is_root = (batch.positions == 0) & (batch.visible_until > np.arange(101))
+  assert planned.num_rows == num_rows
+  assert is_root.sum() == num_trees
+
+
 def test_tokens_are_counted_with_and_without_sharing():
   pair = pairs_lib.TokenPair(*(np.arange(n, dtype=np.int32) for n in (5, 3, 2)))
   the_plan = plan.Plan(

@@ -182,17 +182,21 @@ def count_tree(pairs: Sequence[pairs_lib.TokenPair]) -> TreeCounts:
 
 
 def group_into_trees(
-  pairs: Sequence[pairs_lib.TokenPair], *, row_length: int
+  pairs: Sequence[pairs_lib.TokenPair],
+  *,
+  row_length: int,
+  min_shared_tokens: int | None = MIN_SHARED_TOKENS,
 ) -> tuple[list[list[int]], list[int]]:
   """Decides which pairs share a tree: those that share a beginning.
 
   Pairs with the same prompt share a tree, and so do pairs whose prompts begin
-  with the same `MIN_SHARED_TOKENS` tokens or more (few-shot prompts), as long
+  with the same `min_shared_tokens` tokens or more (few-shot prompts), as long
   as the tree fits a row.
 
   Args:
     pairs: The pairs of a step.
     row_length: Largest size of a tree, in tokens.
+    min_shared_tokens: See above; None for pairs with the same prompt only.
 
   Returns:
     The indices of the pairs of each tree, and the size of each tree in tokens.
@@ -211,8 +215,8 @@ def group_into_trees(
     if groups:
       last = pairs[groups[-1][-1]].prompt
       shared = common_prefix_length(last, pair.prompt)
-      is_related = shared >= MIN_SHARED_TOKENS or (
-        shared == len(pair.prompt) == len(last)
+      is_related = shared == len(pair.prompt) == len(last) or (
+        min_shared_tokens is not None and shared >= min_shared_tokens
       )
       if is_related and growing.add(pair, row_length):
         groups[-1].append(index)

@@ -161,10 +161,17 @@ class Plan:
   def _rows(self, step: int) -> list[list[list[int]]]:
     """The pairs of each tree of each row of a step."""
     ids = self.pair_ids(step).tolist()
-    groups, sizes = forests.group_into_trees(
-      [self._pairs[i] for i in ids], row_length=self._config.row_length
-    )
-    rows = packing.pack(sizes, self._config.row_length)
+    pairs = [self._pairs[i] for i in ids]
+    row_length = self._config.row_length
+    # Trees of several prompts have fewer tokens, but are harder to pack: behind
+    # a short system prompt that all pairs begin with, they take more rows.
+    choices = []
+    for min_shared_tokens in (forests.MIN_SHARED_TOKENS, None):
+      groups, sizes = forests.group_into_trees(
+        pairs, row_length=row_length, min_shared_tokens=min_shared_tokens
+      )
+      choices.append((groups, packing.pack(sizes, row_length)))
+    groups, rows = min(choices, key=lambda choice: len(choice[1]))
     return [[[ids[i] for i in groups[g]] for g in row] for row in rows]
 
   @functools.lru_cache(maxsize=2)  # noqa: B019 (a plan lives as long as a run)
