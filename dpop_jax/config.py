@@ -138,8 +138,13 @@ class RunConfig:
       "eval_every_steps",
     ):
       value = getattr(self, name)
-      if value is not None and value <= 0:
+      if value is not None and not 0 < value < math.inf:
         raise ValueError(f"run.{name} must be positive, got {value}.")
+    # JAX takes a key from 32 bits and drops the others without a word.
+    if not 0 <= self.seed < 2**32:
+      raise ValueError(
+        f"run.seed must be at least 0 and below 2**32, got {self.seed}."
+      )
 
   def steps_for(self, num_pairs: int, batch_size: int) -> int:
     """Updates of the run, given the size of the data set."""

@@ -125,8 +125,8 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
   for number, line in enumerate(lines, start=1):
     try:
       record = json.loads(line)
-      is_record = STEP in record and SPLIT in record
-    except (ValueError, TypeError):
+      is_record = type(record[STEP]) is int and type(record[SPLIT]) is str
+    except (ValueError, TypeError, KeyError):
       is_record = False
     if not is_record:
       raise ValueError(

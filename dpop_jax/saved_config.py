@@ -1,12 +1,15 @@
-"""The config of a run, beside its checkpoints: what made them."""
+"""The config and the data of a run, beside its checkpoints: what made them."""
 
 import json
 import pathlib
 
 from dpop_jax import atomic_files, checkpoints
 from dpop_jax import config as config_lib
+from dpop_jax.data import dataset
 
 FILE_NAME = "config.json"
+# Hashes of the token pairs.
+DATA_FILE_NAME = "data.json"
 # What may change between two starts of a run without making it another run.
 _FREE_TO_CHANGE = (
   "mesh.",
@@ -20,6 +23,15 @@ _FREE_TO_CHANGE = (
   "run.log_every_steps",
   "run.eval_every_steps",
   "run.compilation_cache_dir",
+)
+# Of a model, what another run may start from its parameters with; shapes are
+# checked where they are loaded.
+_FREE_TO_START_WITH = (
+  "head_dim",
+  "initializer_range",
+  "dtype",
+  "param_dtype",
+  "remat",
 )
 
 
@@ -63,8 +75,15 @@ def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
     ValueError: Something else differs, so that it would be another run.
   """
   path = pathlib.Path(workdir) / FILE_NAME
-  if not path.exists() or checkpoints.newest(workdir) is None:
+  if pathlib.Path(workdir).is_file():
+    raise ValueError(f"--workdir must be a folder, but {workdir} is a file.")
+  if checkpoints.newest(workdir) is None:
     return []
+  if not path.exists():
+    raise ValueError(
+      f"{workdir} holds checkpoints without the {FILE_NAME} that made them; "
+      "use another --workdir."
+    )
   try:
     old = _read(path)
   except ValueError as error:
@@ -77,6 +96,79 @@ def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
       f"undo: {'; '.join(other)}."
     )
   return differences
+
+
+def check_same_data(data: dataset.Loaded, workdir: str) -> None:
+  """Checks that the run to be continued was trained on these very tokens.
+
+  Which pairs a step sees follows from them, so with others it would neither
+  be the same run nor, after a shuffle, see every pair once.
+
+  Raises:
+    ValueError: They differ.
+  """
+  path = pathlib.Path(workdir) / DATA_FILE_NAME
+  if not path.exists() or checkpoints.newest(workdir) is None:
+    return
+  changed = [
+    f"data.{name}"
+    for name, digest in _digests(data).items()
+    if _read(path).get(name) != digest
+  ]
+  if changed:
+    raise ValueError(
+      f"The run in {workdir} was trained on other data than "
+      f"{', '.join(changed)} now gives; use another --workdir, or bring back "
+      "the files, tokenizer and library versions it began with."
+    )
+
+
+def save_data(data: dataset.Loaded, workdir: str) -> None:
+  """Writes `workdir`/data.json for `check_same_data`."""
+  text = json.dumps(_digests(data), indent=2)
+  atomic_files.write_text(pathlib.Path(workdir) / DATA_FILE_NAME, text + "\n")
+
+
+def _digests(data: dataset.Loaded) -> dict[str, str | None]:
+  return {
+    "train": data.train.digest(),
+    "eval": None if data.eval is None else data.eval.digest(),
+  }
+
+
+def check_same_model(config: config_lib.Config) -> None:
+  """Checks that `run.init_from` was trained as the model that it is loaded as.
+
+  Parameters of one shape are of different models where `model.rope_theta`
+  differs, say. A checkpoint that is in no workdir is taken as it is.
+
+  Args:
+    config: With `run.init_from` the folder of one step, or None.
+
+  Raises:
+    ValueError: They are different models.
+  """
+  if config.run.init_from is None:
+    return
+  # WORKDIR/checkpoints/STEP
+  path = pathlib.Path(config.run.init_from).parent.parent / FILE_NAME
+  if not path.is_file():
+    return
+  try:
+    saved = _read(path).get("model", {})
+  except ValueError as error:
+    raise ValueError(f"{path} cannot be used: {error}") from error
+  wanted = config_lib.to_dict(config)["model"]
+  # Not those that an earlier version did not have.
+  names = (saved.keys() & wanted.keys()) - set(_FREE_TO_START_WITH)
+  differences = config_lib.differences(
+    *({name: model[name] for name in names} for model in (saved, wanted))
+  )
+  if differences:
+    raise ValueError(
+      f"run.init_from={config.run.init_from!r} was trained as another model "
+      f"than the config's section `model`: {'; '.join(differences)}."
+    )
 
 
 def _read(path):

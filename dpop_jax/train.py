@@ -44,7 +44,8 @@ def train(config: config_lib.Config, workdir: str) -> Result:
 
   Args:
     config: What to do.
-    workdir: Folder of checkpoints/, metrics.jsonl, tensorboard/, config.json.
+    workdir: Folder of checkpoints/, metrics.jsonl, tensorboard/, tokens/,
+      config.json and data.json.
 
   Raises:
     FileNotFoundError: A file of the config is missing.
@@ -53,12 +54,14 @@ def train(config: config_lib.Config, workdir: str) -> Result:
     FloatingPointError: Something went non-finite.
   """
   config = inputs.pin_initial_params(config)
+  saved_config.check_same_model(config)
   differences = saved_config.check_same_run(config, workdir)
   program_lib.use_compilation_cache(config)
   mesh = sharding.make_mesh(config.mesh)
   # Before the data is read: whatever can be refused is refused early.
   program_lib.check(config, mesh)
   data = inputs.load_data(config, workdir)
+  saved_config.check_same_data(data, workdir)
   num_steps = config.run.steps_for(len(data.train), config.batch.batch_size)
   program = program_lib.make_program(config, mesh, num_steps=num_steps)
   plan = plan_lib.Plan(
@@ -67,6 +70,7 @@ def train(config: config_lib.Config, workdir: str) -> Result:
   is_primary = jax.process_index() == 0
   if is_primary:
     saved_config.save(config, workdir)
+    saved_config.save_data(data, workdir)
   with (
     checkpoints.Checkpoints(workdir, config.checkpoints) as saved,
     checkpoints.Preemption() as preemption,

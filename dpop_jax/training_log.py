@@ -16,8 +16,8 @@ from dpop_jax import program as program_lib
 from dpop_jax.data import plan as plan_lib
 
 # Policy and reference start equal. What their loss may be off by, relative to
-# what it should be or to 1, whichever is larger.
-_INITIAL_LOSS_TOLERANCE = 1e-3
+# what it should be or to 1, whichever is larger, by the dtype of activations.
+_INITIAL_LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-3}
 _MAX_NAMES_IN_ERROR = 4
 
 
@@ -158,7 +158,8 @@ def check_initial_loss(config: config_lib.Config, loss: float) -> None:
   expected = config_lib.initial_loss(config.loss)
   if expected is None:
     return
-  if abs(loss - expected) <= _INITIAL_LOSS_TOLERANCE * max(1.0, expected):
+  tolerance = _INITIAL_LOSS_TOLERANCES[config.model.dtype]
+  if abs(loss - expected) <= tolerance * max(1.0, expected):
     return
   raise ValueError(
     f"The first loss is {loss:.6f} instead of {expected:.6f}: policy and "

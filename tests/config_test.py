@@ -118,6 +118,13 @@ def test_sections_become_frozen_dataclasses_with_defaults():
     ({"loss__delta": 1.0}, "loss.delta is 1.0, but loss.name='dpop' does not"),
     ({"run__num_epochs": 1.0}, "one of run.num_steps and run.num_epochs"),
     ({"run__num_steps": None}, "one of run.num_steps and run.num_epochs"),
+    (
+      {"run__num_steps": None, "run__num_epochs": math.inf},
+      "run.num_epochs must be positive, got inf",
+    ),
+    ({"run__seed": -1}, "run.seed must be at least 0 and below .*, got -1"),
+    ({"run__seed": 2**32}, "run.seed must be at least 0 and below .*, got 42"),
+    ({"data__holdout_seed": -1}, "data.holdout_seed must not be negative"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, "at most one of them -1"),
   ],
 )

@@ -147,7 +147,7 @@ def test_bad_rows_are_skipped_and_counted_by_reason(load, tmp_path):
     "unpaired": 1,
   }
   path = tmp_path / "train.jsonl"
-  assert train["examples"][1] == (
+  assert train["rows_left_out"][1] == (
     f"{path} row 2: identical answers: `chosen` and `rejected` are the same"
   )
   assert train["left_out"].startswith(

@@ -150,7 +150,16 @@ def test_only_the_primary_process_writes(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "line", ["{", "[]", "3", '{"step": 1}', '{"step": 1, "split": "train"']
+  "line",
+  [
+    "{",
+    "[]",
+    "3",
+    '"step split"',
+    '{"step": 1}',
+    '{"step": "1", "split": "train"}',
+    '{"step": 1, "split": "train"',
+  ],
 )
 def test_a_damaged_line_is_named_and_left_alone(tmp_path, line):
   path = tmp_path / "metrics.jsonl"

@@ -21,6 +21,7 @@ import tiny_runs
 from dpop_jax import config as config_lib
 from dpop_jax import (
   evaluate,
+  inputs,
   metric_writers,
   program,
   saved_config,
@@ -312,11 +313,12 @@ def test_a_reference_that_is_another_model_is_noticed_at_step_0(
 @pytest.mark.parametrize(
   ("changes", "loss", "is_accepted"),
   [
-    ({}, math.log(2) + 0.9e-3, True),
-    ({}, math.log(2) - 1.1e-3, False),
+    ({}, math.log(2) + 0.9e-4, True),
+    ({"model__dtype": "bfloat16"}, math.log(2) + 0.9e-3, True),
+    ({}, math.log(2) - 1.1e-4, False),
     ({}, math.nan, False),
-    ({"loss__name": "ipo"}, (1 / 0.6) ** 2 * (1 + 0.9e-3), True),
-    ({"loss__name": "ipo"}, (1 / 0.6) ** 2 * (1 + 1.1e-3), False),
+    ({"loss__name": "ipo"}, (1 / 0.6) ** 2 * (1 + 0.9e-4), True),
+    ({"loss__name": "ipo"}, (1 / 0.6) ** 2 * (1 + 1.1e-4), False),
     ({"loss__name": "sft"}, 3.0, True),
   ],
 )
@@ -435,6 +437,21 @@ def test_a_start_that_is_not_there_is_named(make_config, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_start_that_was_trained_as_another_model_is_refused(
+  run, make_config, tmp_path
+):
+  workdir = run[1]
+  config = make_config(run__init_from=workdir, model__rope_theta=5.0)
+  with pytest.raises(
+    ValueError, match=r"another model .*: rope_theta: 10000\.0 -> 5\.0\."
+  ):
+    train.train(config, str(tmp_path / "run"))
+  assert not (tmp_path / "run").exists()
+  # How it is computed may differ.
+  config = make_config(run__init_from=workdir, model__dtype="bfloat16")
+  saved_config.check_same_model(inputs.pin_initial_params(config))
+
+
 def test_a_vocabulary_that_is_too_small_is_refused(make_config, tmp_path):
   config = make_config(model__vocab_size=8)
   with pytest.raises(ValueError) as error:
@@ -459,3 +476,29 @@ def test_a_saved_config_that_is_damaged_is_named(run_copy, make_config):
   path.unlink()
   with pytest.raises(ValueError, match="There is no run in .*config.json"):
     saved_config.load(run_copy)
+
+
+def test_other_data_behind_the_same_names_is_refused(run_copy, make_config):
+  config = saved_config.load(run_copy)
+  path = pathlib.Path(config.data.train)
+  before = path.read_text()
+  lines = before.splitlines(keepends=True)
+  try:
+    path.write_text("".join(lines[::-1]))
+    with pytest.raises(ValueError, match=r"other data than data.train"):
+      train.train(config, str(run_copy))
+  finally:
+    path.write_text(before)
+
+
+def test_checkpoints_without_their_config_are_refused(run_copy, make_config):
+  (pathlib.Path(run_copy) / saved_config.FILE_NAME).unlink()
+  with pytest.raises(ValueError, match="without the config.json"):
+    train.train(make_config(), str(run_copy))
+
+
+def test_a_workdir_that_is_a_file_is_refused(make_config, tmp_path):
+  path = tmp_path / "file"
+  path.write_text("")
+  with pytest.raises(ValueError, match="is a file"):
+    train.train(make_config(), str(path))

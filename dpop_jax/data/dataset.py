@@ -2,6 +2,7 @@
 
 import array
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -73,10 +74,11 @@ class DataConfig:
     for name in ("train", "tokenizer"):
       if not getattr(self, name):
         raise ValueError(f"data.{name} must name a file, got nothing.")
-    if self.num_eval_pairs < 0:
-      raise ValueError(
-        f"data.num_eval_pairs must not be negative, got {self.num_eval_pairs}."
-      )
+    for name in ("num_eval_pairs", "holdout_seed"):
+      if getattr(self, name) < 0:
+        raise ValueError(
+          f"data.{name} must not be negative, got {getattr(self, name)}."
+        )
     if self.eval is not None and self.num_eval_pairs:
       raise ValueError(
         "data.num_eval_pairs holds pairs out of data.train, which is of no use "
@@ -160,6 +162,13 @@ class TokenPairs:
   def __iter__(self) -> Iterator[pairs.TokenPair]:
     return (self[i] for i in range(len(self)))
 
+  def digest(self) -> str:
+    """A hash of all ids and where they belong: equal for equal data sets."""
+    digest = hashlib.sha256()
+    for array_ in (self.offsets, self.tokens):
+      digest.update(memoryview(np.ascontiguousarray(array_)))
+    return digest.hexdigest()
+
   def lengths(self) -> np.ndarray:
     """Tokens of prompt, chosen and rejected: int64 [num_pairs, 3]."""
     return np.diff(self.offsets, axis=1)
@@ -174,7 +183,8 @@ class Loaded(NamedTuple):
     report: What was read, skipped and cut; plain numbers and text for JSON.
       Keys: `train` and `eval` (see `ingest.Ingestion.summary`; also
       `num_pairs`, `num_tokens`, and mean and max `tokens`), `tokenizer` (name,
-      vocab_size, bos_id, eos_id), and `is_cached`.
+      vocab_size, bos_id, eos_id), `is_cached`, and `file`, where the report
+      is kept (if it is).
   """
 
   train: TokenPairs
@@ -271,7 +281,7 @@ def _load_or_build(entry, build):
     return Loaded(
       TokenPairs.open(entry / "train"),
       TokenPairs.open(entry / "eval") if report["eval"] else None,
-      report | {"is_cached": is_cached},
+      report | {"is_cached": is_cached, "file": str(entry / _REPORT)},
     )
   except (OSError, ValueError, KeyError) as error:
     raise ValueError(
@@ -376,5 +386,7 @@ def _log(loaded):
     )
     left_out = summary.get("left_out")
     if left_out:
-      logging.warning("data.%s: %s", name, left_out)
+      where = loaded.report.get("file")
+      rest = f" Every such row is named in {where}." if where else ""
+      logging.warning("data.%s: %s%s", name, left_out, rest)
   return loaded

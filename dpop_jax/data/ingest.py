@@ -12,7 +12,7 @@ from dpop_jax.data import preferences, sources, tokenization, tokenizers
 
 # Rows that are encoded together: enough to keep the tokenizer's threads busy.
 _ROWS_PER_CHUNK = 512
-_MAX_EXAMPLES = 5
+_MAX_EXAMPLES_IN_SENTENCE = 5
 
 
 class Ingestion:
@@ -51,7 +51,7 @@ class Ingestion:
     self._num_cut_prompts = 0
     self._num_cut_tokens = 0
     self._bad_rows = collections.Counter()
-    self._examples: list[str] = []
+    self._rows_left_out: list[str] = []
 
   def read(self, files: Sequence[str]) -> Iterator[pairs.TokenPair]:
     """Pairs of the rows of all files, in their order.
@@ -82,7 +82,8 @@ class Ingestion:
   def summary(self) -> dict[str, Any]:
     """Counts for the report.
 
-    `left_out` is a sentence about them, "" if nothing was left out or cut.
+    `left_out` is a sentence about them, "" if nothing was left out or cut;
+    `rows_left_out` names every row that gave no pair, and why.
     """
     return {
       "num_rows": self._num_rows,
@@ -91,7 +92,7 @@ class Ingestion:
       "num_truncated_answers": self._num_truncated,
       "num_cut_prompts": self._num_cut_prompts,
       "num_cut_prompt_tokens": self._num_cut_tokens,
-      "examples": list(self._examples),
+      "rows_left_out": list(self._rows_left_out),
       "left_out": self._left_out(),
     }
 
@@ -148,8 +149,7 @@ class Ingestion:
     return hash(tuple(encoded.prompt))
 
   def _remember(self, row, problem):
-    if len(self._examples) < _MAX_EXAMPLES:
-      self._examples.append(f"{row.place}: {problem}")
+    self._rows_left_out.append(f"{row.place}: {problem}")
 
   def _left_out(self):
     sentences = []
@@ -172,6 +172,7 @@ class Ingestion:
         f"{self._num_cut_prompts} prompts lost {self._num_cut_tokens} tokens "
         "at their beginning."
       )
-    if self._examples:
-      sentences.append("For example " + "; ".join(self._examples) + ".")
+    if self._rows_left_out:
+      shown = self._rows_left_out[:_MAX_EXAMPLES_IN_SENTENCE]
+      sentences.append("For example " + "; ".join(shown) + ".")
     return " ".join(sentences)

@@ -225,18 +225,32 @@ def _read_json(path):
 
 def _read_csv(path):
   old_limit = csv.field_size_limit(_MAX_CELL_CHARACTERS)
+  number = 0
   try:
     with _open(path) as file:
       text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
       rows = csv.reader(text, strict=True)
       header = next(rows, [])
+      # Spreadsheets leave columns without names behind, which do no harm.
+      names = list(filter(None, header))
+      if len(set(names)) < len(names):
+        raise ValueError(
+          f"{path} should give each column another name, got "
+          f"{', '.join(names)}."
+        )
       for number, cells in enumerate(filter(None, rows), start=1):
         if len(cells) == len(header):
           yield Row(path, number, dict(zip(header, cells, strict=True)))
         else:
           problem = f"{len(cells)} cells under {len(header)} column names"
           yield Row(path, number, None, problem)
-  except (csv.Error, UnicodeDecodeError) as error:
+  except csv.Error as error:
+    # A quote that is not closed swallows the rows behind it, so that there is
+    # none to go on with.
+    raise ValueError(
+      f"{path} is not CSV behind row {number}: {_one_line(error)}."
+    ) from error
+  except UnicodeDecodeError as error:
     raise ValueError(f"{path} is not CSV: {_one_line(error)}.") from error
   finally:
     csv.field_size_limit(old_limit)
