@@ -48,7 +48,7 @@ def get_config(stage: str = "dpop") -> ml_collections.ConfigDict:
         b2=0.98,
         weight_decay=0.01,
       ),
-      run=dict(num_steps=900, log_every_steps=50),
+      run=dict(num_steps=600, log_every_steps=50),
     )
   return config.config_dict(
     model=_MODEL,

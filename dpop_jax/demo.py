@@ -11,6 +11,7 @@ from dpop_jax import (
   generate,
   metric_writers,
   report,
+  saved_config,
   train,
 )
 from dpop_jax import config as config_lib
@@ -46,6 +47,7 @@ def run(
 
   Raises:
     InterruptedError: The process was asked to stop (SIGTERM), and has saved.
+    ValueError: An earlier call finished a run with other settings.
   """
   folder = pathlib.Path(workdir)
   corpus = arithmetic.ArithmeticConfig()
@@ -80,6 +82,7 @@ def run(
         )
       accuracy = exact_match(result.params, config, tokenizer, questions)
       atomic_files.write_text(done, json.dumps({"exact_match": accuracy}))
+    check_settings(config, str(folder / name))
     accuracy = json.loads(done.read_text())["exact_match"]
     print(f"{name}: exact match {accuracy:.3f}", flush=True)
     return accuracy
@@ -116,6 +119,22 @@ def run(
   return report.write(study, folder)["report.html"]
 
 
+def check_settings(config: config_lib.Config, workdir: str) -> None:
+  """Raises ValueError if a finished run is not what the report would say."""
+  saved = saved_config.load(workdir)
+  differences = config_lib.differences(
+    *(
+      _shown(config_lib.to_dict(c), ("model", "loss", "optimizer", "batch"))
+      for c in (saved, config)
+    )
+  )
+  if differences:
+    raise ValueError(
+      f"{workdir} was trained with other settings; use another --workdir or "
+      f"undo: {'; '.join(differences)}."
+    )
+
+
 def exact_match(params, config, tokenizer, questions) -> float:
   """Share of questions whose greedy answer ends in the right number."""
   prompts = [
@@ -145,8 +164,11 @@ def _settings(
   """What the report says about how its numbers came about."""
   settings = {"corpus": dataclasses.asdict(corpus)}
   for stage, config in configs.items():
-    values = config_lib.to_dict(config)
-    shown = ("loss", "optimizer", "batch") + ("model",) * (stage == "sft")
-    settings[stage] = {name: values[name] for name in shown}
-    settings[stage]["num_steps"] = values["run"]["num_steps"]
+    sections = ("loss", "optimizer", "batch") + ("model",) * (stage == "sft")
+    settings[stage] = _shown(config_lib.to_dict(config), sections)
   return settings
+
+
+def _shown(values: Mapping[str, Any], sections: Sequence[str]) -> dict:
+  shown = {name: values[name] for name in sections}
+  return shown | {"num_steps": values["run"]["num_steps"]}

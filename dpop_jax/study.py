@@ -158,6 +158,8 @@ class Study:
       "seeds": list(self.seeds),
       "sft": {
         "chosen_logp": _finite(reference.metrics[CHOSEN_LOGP]),
+        # To itself.
+        "chosen_logratio": 0.0,
         "post_edit_logp": _finite(reference.metrics[AFTER_EDIT]),
         "exact_match": _finite(reference.exact_match),
       },

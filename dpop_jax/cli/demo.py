@@ -20,6 +20,11 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each loss.")
 def main() -> int:
   from dpop_jax import config, demo  # noqa: PLC0415 (slow to import)
 
+  seeds = [int(seed) for seed in _SEEDS.value]
+  if not seeds or len(set(seeds)) < len(seeds):
+    raise ValueError(
+      f"--seeds must be different numbers, at least one; got {seeds}."
+    )
   path = pathlib.Path(_CONFIG.value)
   if not path.exists():
     raise FileNotFoundError(
@@ -38,7 +43,7 @@ def main() -> int:
   page = demo.run(
     _WORKDIR.value,
     config_of,
-    seeds=[int(seed) for seed in _SEEDS.value],
+    seeds=seeds,
   )
   print((page.parent / "report.md").read_text())
   print(f"The report is at {page}")
