@@ -29,9 +29,9 @@ def get_config() -> ml_collections.ConfigDict:
     data=dict(
       chat_template="chatml",
       num_eval_pairs=16,
-      max_length=1024,
+      max_length=512,
     ),
-    batch=dict(batch_size=16, row_length=2048),
+    batch=dict(batch_size=4, row_length=2048),
     loss=dict(name="dpop", beta=0.1, dpop_lambda=5.0),
     optimizer=dict(
       name="adamw",

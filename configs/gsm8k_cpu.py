@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
     data=dict(
       num_eval_pairs=32,
     ),
-    batch=dict(batch_size=16, row_length=2048),
+    batch=dict(batch_size=8, row_length=2048),
     loss=dict(name="dpop", beta=0.3, dpop_lambda=50.0),
     optimizer=dict(
       name="adamw",

@@ -166,7 +166,7 @@ class TokenPairs:
     """A hash of all ids and where they belong: equal for equal data sets."""
     digest = hashlib.sha256()
     for array_ in (self.offsets, self.tokens):
-      digest.update(memoryview(np.ascontiguousarray(array_)))
+      digest.update(np.ascontiguousarray(array_).data)
     return digest.hexdigest()
 
   def lengths(self) -> np.ndarray:
