@@ -78,7 +78,12 @@ def test_the_summary_lists_seeds_and_log_ratios_to_the_reference(tmp_path):
   assert json.loads(paths["summary.json"].read_text()) == {
     "settings": {"loss": {"beta": 0.3}, "steps": 10},
     "seeds": [0, 1, 2],
-    "sft": {"chosen_logp": -1.0, "post_edit_logp": -0.03, "exact_match": 0.75},
+    "sft": {
+      "chosen_logp": -1.0,
+      "chosen_logratio": 0.0,
+      "post_edit_logp": -0.03,
+      "exact_match": 0.75,
+    },
     "losses": {
       "dpo": {
         # -3, -4 and -5 less -1.
