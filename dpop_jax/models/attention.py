@@ -16,6 +16,11 @@ from dpop_jax import sharding
 MAX_BLOCK_SIZE = 128
 # Stands for minus infinity: finite, so that differences of two are not nan.
 _MASKED = -1e30
+# How [rows, length, heads, head_dim], [rows, length] and the log-normalizers
+# [rows, kv_heads, blocks, queries] are split.
+_HEADS = P(sharding.ROW_AXES, None, sharding.TENSOR)
+_ROWS = P(sharding.ROW_AXES)
+_NORMALIZERS = P(sharding.ROW_AXES, sharding.TENSOR)
 
 
 def forest_mask(
@@ -83,29 +88,20 @@ def _attention(query, key, value, visible_until):
 
 
 def _forward(query, key, value, visible_until):
-  heads, rows = (
-    P(sharding.ROW_AXES, None, sharding.TENSOR),
-    P(sharding.ROW_AXES),
-  )
   run = sharding.per_device(
     _forward_blocks,
-    in_specs=(heads, heads, heads, rows),
-    out_specs=(heads, P(sharding.ROW_AXES, sharding.TENSOR)),
+    in_specs=(_HEADS, _HEADS, _HEADS, _ROWS),
+    out_specs=(_HEADS, _NORMALIZERS),
   )
   out, log_normalizers = run(query, key, value, visible_until)
   return out, (query, key, value, visible_until, out, log_normalizers)
 
 
 def _backward(residuals, out_gradient):
-  heads, rows = (
-    P(sharding.ROW_AXES, None, sharding.TENSOR),
-    P(sharding.ROW_AXES),
-  )
   run = sharding.per_device(
     _backward_blocks,
-    in_specs=(heads, heads, heads, rows, heads)
-    + (P(sharding.ROW_AXES, sharding.TENSOR), heads),
-    out_specs=(heads, heads, heads),
+    in_specs=(_HEADS, _HEADS, _HEADS, _ROWS, _HEADS, _NORMALIZERS, _HEADS),
+    out_specs=(_HEADS, _HEADS, _HEADS),
   )
   return (*run(*residuals, out_gradient), None)
 
