@@ -157,9 +157,27 @@ def _attention(name):
       attention, "forest_attention", attention.forest_attention
     )
 
-  def dense(query, key, value, visible_until):
+  def dense(
+    query,
+    key,
+    value,
+    visible_until,
+    *,
+    scale,
+    softcap=None,
+    positions=None,
+    window=None,
+  ):
     del visible_until  # What is padded on the right, nothing looks at.
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    del positions  # Only a window needs them.
+    if softcap is not None or window is not None:
+      raise ValueError(
+        "Dense attention has neither a soft cap nor a window; measure a model "
+        "without them, or blocks."
+      )
+    return jax.nn.dot_product_attention(
+      query, key, value, scale=scale, is_causal=True
+    )
 
   return mock.patch.object(attention, "forest_attention", dense)
 
@@ -183,6 +201,7 @@ def _answer_logps(params, batch, config, head):
       batch.score_positions,
       batch.score_targets,
       batch.num_scores,
+      softcap=config.final_logit_softcapping,
     ).sum(axis=-1)
   logits = decoder.logits(params, hidden, config)
   losses = optax.softmax_cross_entropy_with_integer_labels(

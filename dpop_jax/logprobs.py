@@ -24,6 +24,7 @@ def token_logps(
   targets: Int[Array, "rows scores"],
   num_scores: Int[Array, " rows"],
   *,
+  softcap: float | None = None,
   chunk_size: int = CHUNK_SIZE,
 ) -> Float[Array, "rows scores"]:
   """Log-probability of each target, in nats, from the hidden state before it.
@@ -38,10 +39,11 @@ def token_logps(
     positions: Which hidden state of the row predicts.
     targets: Token that is predicted.
     num_scores: How many entries of the row count; the others give 0.
+    softcap: Logits l become softcap * tanh(l / softcap), if given.
     chunk_size: Positions whose logits are in memory at a time.
   """
   inputs = (hidden, unembedding, positions, targets, num_scores)
-  return _token_logps(*map(jnp.asarray, inputs), chunk_size)
+  return _token_logps(*map(jnp.asarray, inputs), softcap, chunk_size)
 
 
 def answer_logps(
@@ -71,16 +73,19 @@ _UNEMBEDDING = P(sharding.TENSOR, sharding.FSDP)
 _ROWS = P(sharding.ROW_AXES)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _token_logps(hidden, unembedding, positions, targets, counts, chunk_size):
-  return _forward(hidden, unembedding, positions, targets, counts, chunk_size)[
-    0
-  ]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _token_logps(
+  hidden, unembedding, positions, targets, counts, softcap, chunk_size
+):
+  inputs = (hidden, unembedding, positions, targets, counts)
+  return _forward(*inputs, softcap, chunk_size)[0]
 
 
-def _forward(hidden, unembedding, positions, targets, counts, chunk_size):
+def _forward(
+  hidden, unembedding, positions, targets, counts, softcap, chunk_size
+):
   run = sharding.per_device(
-    functools.partial(_forward_chunks, chunk_size=chunk_size),
+    functools.partial(_forward_chunks, softcap=softcap, chunk_size=chunk_size),
     in_specs=(_HIDDEN, _UNEMBEDDING, _ROWS, _ROWS, _ROWS),
     out_specs=(_ROWS, _ROWS),
   )
@@ -89,9 +94,9 @@ def _forward(hidden, unembedding, positions, targets, counts, chunk_size):
   return logps, (*inputs, log_normalizers)
 
 
-def _backward(chunk_size, residuals, logp_gradients):
+def _backward(softcap, chunk_size, residuals, logp_gradients):
   run = sharding.per_device(
-    functools.partial(_backward_chunks, chunk_size=chunk_size),
+    functools.partial(_backward_chunks, softcap=softcap, chunk_size=chunk_size),
     in_specs=(_HIDDEN, _UNEMBEDDING, _ROWS, _ROWS, _ROWS, _ROWS, _ROWS),
     out_specs=(_HIDDEN, _UNEMBEDDING),
   )
@@ -104,8 +109,11 @@ _token_logps.defvjp(_forward, _backward)
 class _Chunks:
   """One device's scored positions, those that count first, in chunks."""
 
-  def __init__(self, hidden, unembedding, positions, targets, counts, size):
+  def __init__(
+    self, hidden, unembedding, positions, targets, counts, softcap, size
+  ):
     rows, scores = positions.shape
+    self.softcap = softcap
     self.size = min(size, rows * scores)
     is_scored = jnp.arange(scores)[None, :] < counts[:, None]
     # Padding points behind the end: reads are clamped, writes are dropped.
@@ -137,12 +145,21 @@ class _Chunks:
       self.unembedding,
       preferred_element_type=jnp.float32,
     )
+    if self.softcap is not None:
+      logits = self.softcap * jnp.tanh(logits / self.softcap)
     vocab = logits.shape[-1]
     first = vocab * _tensor_index()
     is_target = (
       self.targets[entries][:, None] == (first + jnp.arange(vocab))[None, :]
     )
     return entries, sources, logits, is_target
+
+  def product_gradient(self, logit_gradient, logits):
+    """The gradient in front of the soft cap, from that behind it."""
+    if self.softcap is None:
+      return logit_gradient
+    # The slope of tanh at x is 1 - tanh(x)**2.
+    return logit_gradient * (1.0 - jnp.square(logits / self.softcap))
 
 
 def _tensor_index():
@@ -151,9 +168,11 @@ def _tensor_index():
 
 
 def _forward_chunks(
-  hidden, unembedding, positions, targets, counts, *, chunk_size
+  hidden, unembedding, positions, targets, counts, *, softcap, chunk_size
 ):
-  chunks = _Chunks(hidden, unembedding, positions, targets, counts, chunk_size)
+  chunks = _Chunks(
+    hidden, unembedding, positions, targets, counts, softcap, chunk_size
+  )
   tensor = sharding.active_axes(sharding.TENSOR)
 
   def score(chunk, carry):
@@ -187,9 +206,12 @@ def _backward_chunks(
   log_normalizers,
   logp_gradients,
   *,
+  softcap,
   chunk_size,
 ):
-  chunks = _Chunks(hidden, unembedding, positions, targets, counts, chunk_size)
+  chunks = _Chunks(
+    hidden, unembedding, positions, targets, counts, softcap, chunk_size
+  )
   tensor = sharding.active_axes(sharding.TENSOR)
   gradients = logp_gradients.reshape(-1)
   log_normalizers = log_normalizers.reshape(-1)
@@ -206,10 +228,11 @@ def _backward_chunks(
     probabilities = jnp.exp(logits - normalizers)
     logit_gradient = jnp.where(is_target, gradient, 0.0)
     logit_gradient = logit_gradient - gradient * probabilities
-    logit_gradient = logit_gradient.astype(hidden.dtype)
+    product_gradient = chunks.product_gradient(logit_gradient, logits)
+    product_gradient = product_gradient.astype(hidden.dtype)
     update = jnp.einsum(
       "sv,vd->sd",
-      logit_gradient,
+      product_gradient,
       chunks.unembedding,
       preferred_element_type=jnp.float32,
     )
@@ -218,7 +241,7 @@ def _backward_chunks(
       unembedding_gradient
       + jnp.einsum(
         "sv,sd->vd",
-        logit_gradient,
+        product_gradient,
         chunks.hidden[sources],
         preferred_element_type=jnp.float32,
       ),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -21,6 +22,7 @@ AXIS_RULES = (
   ("kv_heads", TENSOR),
   ("head_dim", None),
   ("mlp", TENSOR),
+  ("experts", None),
 )
 
 
@@ -53,12 +55,16 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
   """The mesh `(data, fsdp, tensor)` over all devices.
 
+  Of several TPU slices, `data` goes over them: only gradients cross the slow
+  network between slices.
+
   Args:
     config: Sizes of the axes.
     devices: All devices of all processes, if not given.
 
   Raises:
-    ValueError: The sizes do not multiply to the number of devices.
+    ValueError: The sizes do not multiply to the number of devices, or one
+      slice would hold a part of a copy of the parameters.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = dataclasses.astuple(config)
@@ -72,7 +78,31 @@ def make_mesh(
     )
   # Explicit axes, the default of jax 0.10, do not work with Linen's Embed.
   types = (jax.sharding.AxisType.Auto,) * len(shape)
-  return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  slices = _slices(devices)
+  data, *rest = shape
+  if data % len(slices):
+    raise ValueError(
+      f"mesh.data ({data}) must be a multiple of the number of slices "
+      f"({len(slices)}): between slices only gradients may travel."
+    )
+  # The rows of one slice stay together, so that fsdp and tensor never leave it.
+  parts = [
+    jax.make_mesh(
+      (data // len(slices), *rest), MESH_AXES, axis_types=types, devices=part
+    ).devices
+    for part in slices
+  ]
+  return jax.sharding.Mesh(np.concatenate(parts), MESH_AXES, axis_types=types)
+
+
+def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+  """Devices by the TPU slice that they are of; others are all of one."""
+  slices: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    is_tpu = device.platform == "tpu"
+    index = (getattr(device, "slice_index", None) or 0) if is_tpu else 0
+    slices.setdefault(index, []).append(device)
+  return [slices[index] for index in sorted(slices)]
 
 
 def num_row_shards(mesh: jax.sharding.Mesh) -> int:

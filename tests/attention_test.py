@@ -1,4 +1,6 @@
-"""Blocks of attention against the whole mask."""
+"""Blocks of attention against softmax over all pairs of tokens."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,25 +8,30 @@ import numpy as np
 import pytest
 
 from dpop_jax import sharding
-from dpop_jax.models import attention
+from dpop_jax.models import attention, attention_blocks
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 8, 48, 4, 2, 8
+# Products of inputs are about 3 in size: the cap of scores bends most of them.
+SCALE, SOFTCAP = 0.4, 1.5
+NO_WINDOW = 2**30
 
 
-def random_visibility(seed):
-  """Trees of random sizes with one fork each, then padding."""
+def random_trees(seed):
+  """Rows of trees with random forks, then padding: visible_until, positions."""
   generator = np.random.default_rng(seed)
   visible_until = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
-  for row in visible_until:
-    start = 0
-    while start < LENGTH - 8:
-      size = int(generator.integers(1, min(30, LENGTH - 4 - start)))
-      end, fork = start + size, start + size // 4
-      middle = (fork + end) // 2
-      row[start:end] = end
-      row[fork:middle] = middle
-      start = end
-  return jnp.asarray(visible_until)
+  positions = np.zeros((ROWS, LENGTH), np.int32)
+  for until, depths in zip(visible_until, positions, strict=True):
+    end = LENGTH - int(generator.integers(1, 10))
+    for token in range(1, end):
+      # Deeper by one, or back to some ancestor, or, from depth 0, a new tree.
+      deepest = depths[token - 1] + 1
+      is_fork = generator.random() < 0.12
+      depths[token] = generator.integers(deepest) if is_fork else deepest
+    for token in range(end):
+      outside = np.flatnonzero(depths[token + 1 : end] <= depths[token])
+      until[token] = token + 1 + outside[0] if len(outside) else end
+  return jnp.asarray(visible_until), jnp.asarray(positions)
 
 
 def inputs(dtype=jnp.float32):
@@ -36,108 +43,261 @@ def inputs(dtype=jnp.float32):
   ]
 
 
-def value_and_gradients(function, query, key, value, weights):
-  def total(*qkv):
-    out = function(*qkv)
-    return (out * weights).astype(jnp.float32).sum(), out
+def last_ancestors(visible_until, window):
+  """A token sees its last `window` ancestors, itself included; by counting."""
+  token = jnp.arange(visible_until.shape[1])
+  is_ancestor = token[None, None, :] <= token[None, :, None]
+  is_ancestor &= token[None, :, None] < visible_until[:, None, :]
+  # How many ancestors there are from this one on.
+  number = jnp.cumsum(is_ancestor[..., ::-1], axis=-1)[..., ::-1]
+  return is_ancestor & (number <= window)
 
-  run = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))
-  gradients, out = run(query, key, value)
-  return out, *gradients
+
+def dense(query, key, value, mask, softcap):
+  """Attention as one softmax, with the gradient that follows."""
+  repeats = query.shape[2] // key.shape[2]
+  key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+  scores = jnp.einsum("rqhd,rkhd->rhqk", query, key) * SCALE
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  # Padding sees nothing; any finite scores will do for the softmax.
+  scores = jnp.where(mask[:, None], scores, -1e9)
+  weights = jnp.where(mask[:, None], jax.nn.softmax(scores, axis=-1), 0.0)
+  return jnp.einsum("rhqk,rkhd->rqhd", weights, value)
+
+
+def with_gradients(function):
+  """Maps (inputs, ...) to `function`'s result and its gradients, compiled."""
+
+  def run(arrays, *others):
+    *qkv, weights = arrays
+
+    def total(*qkv):
+      out = function(*qkv, *others)
+      return (out * weights).astype(jnp.float32).sum(), out
+
+    gradients, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv)
+    return out, *gradients
+
+  return jax.jit(run)
+
+
+def assert_close(got, want):
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_counts_along_the_path_of_a_tree():
+  #              0  1  2 -- 3  4      and a tree of one token
+  #                     \-- 5  6  7
+  until = jnp.array([[8, 8, 8, 5, 5, 8, 8, 8, 9]])
+  positions = jnp.array([[0, 1, 2, 3, 4, 3, 4, 5, 0]])
+  mask = attention.forest_mask(until, positions, jnp.int32(3))
+  assert [np.flatnonzero(row).tolist() for row in mask[0]] == [
+    [0],
+    [0, 1],
+    [0, 1, 2],
+    [1, 2, 3],
+    [2, 3, 4],
+    [1, 2, 5],
+    [2, 5, 6],
+    [5, 6, 7],
+    [8],
+  ]
 
 
 @pytest.mark.parametrize(
-  ("block_size", "seed"), [(1, 0), (8, 0), (16, 1), (48, 1)]
+  ("block_size", "seed", "softcap"),
+  [(1, 0, None), (8, 0, None), (8, 0, SOFTCAP), (16, 1, None), (48, 1, None)],
 )
-def test_blocks_equal_the_whole_mask(block_size, seed, monkeypatch):
-  monkeypatch.setattr(attention, "MAX_BLOCK_SIZE", block_size)
-  until = random_visibility(seed)
-  mask = attention.forest_mask(until)
-  got = value_and_gradients(
-    lambda q, k, v: attention.forest_attention(q, k, v, until), *inputs()
+def test_blocks_equal_the_whole_softmax(block_size, seed, softcap, monkeypatch):
+  monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", block_size)
+  until, _ = random_trees(seed)
+  attend = with_gradients(
+    lambda q, k, v: attention.forest_attention(
+      q, k, v, until, scale=SCALE, softcap=softcap
+    )
   )
-  want = value_and_gradients(
-    lambda q, k, v: attention.masked_attention(q, k, v, mask), *inputs()
-  )
-  for a, b in zip(got, want, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+  want = with_gradients(functools.partial(dense, softcap=softcap))
+  assert_close(attend(inputs()), want(inputs(), last_ancestors(until, LENGTH)))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
-def test_a_mesh_changes_nothing(shape):
+@pytest.mark.parametrize(
+  ("block_size", "softcap"), [(1, None), (8, None), (8, SOFTCAP), (48, SOFTCAP)]
+)
+def test_windows_of_all_sizes_need_one_compilation(
+  block_size, softcap, monkeypatch
+):
+  monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", block_size)
+  attend = with_gradients(
+    lambda q, k, v, until, positions, window: attention.forest_attention(
+      q,
+      k,
+      v,
+      until,
+      scale=SCALE,
+      softcap=softcap,
+      positions=positions,
+      window=window,
+    )
+  )
+  want = with_gradients(functools.partial(dense, softcap=softcap))
+  for window in (1, 2, 7, 8, 9, 17, LENGTH - 1, LENGTH, NO_WINDOW):
+    until, positions = random_trees(window % 5)
+    assert_close(
+      attend(inputs(), until, positions, jnp.int32(window)),
+      want(inputs(), last_ancestors(until, window)),
+    )
+  assert attend._cache_size() == 1
+
+
+def test_layers_of_a_scan_have_their_own_windows(monkeypatch):
+  monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", 8)
+  until, positions = random_trees(0)
+  windows = (3, NO_WINDOW, 9)
+
+  def scanned(query, key, value):
+    def layer(query, window):
+      out = attention.forest_attention(
+        query,
+        key,
+        value,
+        until,
+        scale=SCALE,
+        softcap=SOFTCAP,
+        positions=positions,
+        window=window,
+      )
+      return out, None
+
+    return jax.lax.scan(layer, query, jnp.array(windows, jnp.int32))[0]
+
+  def unrolled(query, key, value):
+    for window in windows:
+      mask = last_ancestors(until, window)
+      query = dense(query, key, value, mask, SOFTCAP)
+    return query
+
+  assert_close(
+    with_gradients(scanned)(inputs()), with_gradients(unrolled)(inputs())
+  )
+
+
+@pytest.mark.parametrize(
+  ("shape", "window"), [((2, 2, 2), None), ((2, 2, 2), 9), ((1, 8, 1), 9)]
+)
+def test_a_mesh_changes_nothing(shape, window, monkeypatch):
+  monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", 8)
   mesh = sharding.make_mesh(
     sharding.MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True)))
   )
-  until = random_visibility(0)
-  attend = lambda q, k, v: attention.forest_attention(q, k, v, until)
-  want = value_and_gradients(attend, *inputs())
+  until, positions = random_trees(0)
+  attend = lambda q, k, v, window: attention.forest_attention(
+    q,
+    k,
+    v,
+    until,
+    scale=SCALE,
+    softcap=None if window is None else SOFTCAP,
+    positions=positions,
+    window=window,
+  )
+  window = None if window is None else jnp.int32(window)
+  want = with_gradients(attend)(inputs(), window)
   with jax.set_mesh(mesh):
-    got = value_and_gradients(attend, *inputs())
+    got = with_gradients(attend)(inputs(), window)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_bfloat16_blocks_are_as_exact_as_the_whole_mask():
-  until = random_visibility(0)
-  mask = attention.forest_mask(until)
-  exact = attention.masked_attention(*inputs()[:3], mask)
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
+def test_bfloat16_blocks_are_as_exact_as_the_whole_mask(softcap):
+  until, positions = random_trees(0)
+  window = jnp.int32(9)
+  mask = attention.forest_mask(until, positions, window)
+  options = dict(scale=SCALE, softcap=softcap)
+  exact = dense(*inputs()[:3], mask, softcap)
   half = inputs(jnp.bfloat16)[:3]
   error = lambda out: float(jnp.abs(out.astype(jnp.float32) - exact).max())
-  blocks = attention.forest_attention(*half, until)
-  assert blocks.dtype == jnp.bfloat16
-  assert error(blocks) < 1.5 * error(attention.masked_attention(*half, mask))
+  blocks = attention.forest_attention(
+    *half, until, **options, positions=positions, window=window
+  )
+  whole = attention.masked_attention(*half, mask, **options)
+  assert blocks.dtype == whole.dtype == jnp.bfloat16
+  assert error(blocks) < 1.5 * error(whole) < 0.05
 
 
-def test_blocks_that_no_token_needs_are_skipped(monkeypatch):
-  monkeypatch.setattr(attention, "MAX_BLOCK_SIZE", 8)
-  # Two trees of two blocks each, and two blocks of padding.
-  until = np.repeat(np.array([16, 32], np.int32), 16)
-  until = np.concatenate([until, np.arange(32, 48, dtype=np.int32)])
-  blocks = attention.visible_blocks(jnp.asarray(until)[None])
-  count = int(blocks.count)
-  pairs = zip(blocks.queries[:count], blocks.keys[:count], strict=True)
-  assert [(int(q), int(k)) for q, k in pairs] == [
-    (0, 0),
-    (1, 0),
-    (1, 1),
-    (2, 2),
-    (3, 2),
-    (3, 3),
-  ]
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
+def test_the_whole_mask_in_memory_gives_the_same(softcap):
+  until, positions = random_trees(0)
+  mask = attention.forest_mask(until, positions, jnp.int32(9))
+  got = with_gradients(
+    lambda q, k, v: attention.masked_attention(
+      q, k, v, mask, scale=SCALE, softcap=softcap
+    )
+  )
+  want = with_gradients(functools.partial(dense, softcap=softcap))
+  assert_close(got(inputs()), want(inputs(), last_ancestors(until, 9)))
 
 
 def test_a_row_of_a_length_without_divisors_is_padded(monkeypatch):
   # 48 has the divisor 16 below 22, which is near enough; 47 is prime.
-  monkeypatch.setattr(attention, "MAX_BLOCK_SIZE", 22)
+  monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", 22)
   lengths = []
-  blocks = attention.visible_blocks
+  blocks = attention_blocks.visible_blocks
   monkeypatch.setattr(
-    attention,
+    attention_blocks,
     "visible_blocks",
-    lambda until: lengths.append(until.shape[-1]) or blocks(until),
+    lambda until, *window: (
+      lengths.append(until.shape[-1]) or blocks(until, *window)
+    ),
   )
   for length, computed in ((48, 48), (47, 66)):
-    until = jnp.minimum(random_visibility(0)[:, :length], length)
-    mask = attention.forest_mask(until)
+    until, positions = (x[:, :length] for x in random_trees(0))
+    until = jnp.minimum(until, length)
     cut = [x[:, :length] for x in inputs()]
-    got = value_and_gradients(
-      lambda q, k, v, until=until: attention.forest_attention(q, k, v, until),
-      *cut,
-    )
-    want = value_and_gradients(
-      lambda q, k, v, mask=mask: attention.masked_attention(q, k, v, mask),
-      *cut,
-    )
-    for a, b in zip(got, want, strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+    got = with_gradients(
+      lambda q, k, v, until, positions, window: attention.forest_attention(
+        q,
+        k,
+        v,
+        until,
+        scale=SCALE,
+        softcap=SOFTCAP,
+        positions=positions,
+        window=window,
+      )
+    )(cut, until, positions, jnp.int32(9))
+    want = with_gradients(functools.partial(dense, softcap=SOFTCAP))
+    assert_close(got, want(cut, last_ancestors(until, 9)))
     assert set(lengths) == {computed}
     lengths.clear()
 
 
-def test_padding_sees_nothing_and_gives_zeros():
+@pytest.mark.parametrize("window", [None, 4])
+def test_padding_sees_nothing_and_gives_zeros(window):
   until = jnp.arange(LENGTH, dtype=jnp.int32)[None].repeat(ROWS, axis=0)
-  out = value_and_gradients(
-    lambda q, k, v: attention.forest_attention(q, k, v, until), *inputs()
-  )
+  out = with_gradients(
+    lambda q, k, v: attention.forest_attention(
+      q,
+      k,
+      v,
+      until,
+      scale=SCALE,
+      softcap=SOFTCAP,
+      positions=jnp.zeros_like(until),
+      window=window and jnp.int32(window),
+    )
+  )(inputs())
   for array in out:
     np.testing.assert_array_equal(array, jnp.zeros_like(array))
+
+
+def test_a_window_needs_positions():
+  until, _ = random_trees(0)
+  with pytest.raises(ValueError, match="give `positions`"):
+    attention.forest_attention(
+      *inputs()[:3], until, scale=SCALE, window=jnp.int32(4)
+    )
+  with pytest.raises(ValueError, match="give `positions`"):
+    attention.forest_mask(until, window=jnp.int32(4))

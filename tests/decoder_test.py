@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpop_jax import sharding
-from dpop_jax.models import decoder, embeddings
+from dpop_jax.models import decoder, decoder_config
 
 GROUPED = decoder.DecoderConfig(
   vocab_size=40,
@@ -22,21 +23,78 @@ GROUPED = decoder.DecoderConfig(
   num_attention_heads=4,
   num_key_value_heads=2,
 )
-CONFIGS = {
-  "grouped": GROUPED,
-  # Values that differ from the defaults, so that ignoring one would show.
-  "bias": dataclasses.replace(
-    GROUPED,
+WIDE = dataclasses.replace(GROUPED, num_hidden_layers=2, head_dim=8)
+SLIDING = (decoder_config.SLIDING, decoder_config.FULL)
+# What families of models have, with values at which it matters in few tokens.
+FAMILIES = {
+  "bias": dict(
     attention_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    hidden_act="gelu",
     num_key_value_heads=1,
     head_dim=6,
     rope_theta=100.0,
     rms_norm_eps=0.1,
   ),
-  "tied": dataclasses.replace(
-    GROUPED, tie_word_embeddings=True, num_key_value_heads=4
+  "llama3": dict(
+    num_key_value_heads=4,
+    tie_word_embeddings=True,
+    rope_theta=100.0,
+    rope_scaling=decoder_config.RopeScaling(
+      rope_type="llama3",
+      factor=8.0,
+      low_freq_factor=1.0,
+      high_freq_factor=4.0,
+      original_max_position_embeddings=64,
+    ),
+  ),
+  "olmo2": dict(qk_norm="full", pre_norm=False, post_norm=True),
+  "gemma2": dict(
+    hidden_act="gelu_pytorch_tanh",
+    rms_norm_unit_offset=True,
+    post_norm=True,
+    tie_word_embeddings=True,
+    scale_embeddings=True,
+    query_pre_attn_scalar=3.0,
+    attn_logit_softcapping=0.7,
+    final_logit_softcapping=1.5,
+    sliding_window=4,
+    layer_types=SLIDING,
+  ),
+  # Gemma 3 with frequencies of YaRN, so that amplitudes differ as well.
+  "gemma3": dict(
+    rms_norm_unit_offset=True,
+    post_norm=True,
+    qk_norm="head",
+    sliding_window=3,
+    layer_types=SLIDING,
+    rope_theta=100.0,
+    rope_scaling=decoder_config.RopeScaling(
+      rope_type="yarn", factor=32.0, original_max_position_embeddings=16
+    ),
+    rope_local_base_freq=10.0,
+  ),
+  "phi3": dict(
+    partial_rotary_factor=0.75,
+    rope_scaling=decoder_config.RopeScaling(
+      rope_type="longrope",
+      short_factor=(1.0, 1.5, 3.0),
+      long_factor=(1.0, 4.0, 9.0),
+      original_max_position_embeddings=64,
+      attention_factor=1.2,
+    ),
+  ),
+  "mixtral": dict(num_experts=4, num_experts_per_tok=2, sliding_window=5),
+  "qwen3_moe": dict(
+    num_experts=5, num_experts_per_tok=2, norm_topk_prob=False, qk_norm="head"
   ),
 }
+CONFIGS = {"grouped": GROUPED} | {
+  name: dataclasses.replace(WIDE, **changes)
+  for name, changes in FAMILIES.items()
+}
+
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 12)).astype(np.int32)
 POSITIONS = np.tile(np.arange(12, dtype=np.int32), (2, 1))
 
@@ -54,30 +112,179 @@ def run(params, positions, *, config):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def run_plainly(params, *, config):
+def run_plainly(params, tokens, *, config):
   logits = functools.partial(plain.sequence_logits, params, config)
-  return jax.vmap(logits)(TOKENS)
+  return jax.vmap(logits)(tokens)
+
+
+def mesh_of(*shape):
+  sizes = dict(zip(sharding.MESH_AXES, shape, strict=True))
+  devices = jax.devices()[: math.prod(shape)]
+  return sharding.make_mesh(sharding.MeshConfig(**sizes), devices)
+
+
+class Forest(NamedTuple):
+  """Two rows of prefix trees, 16 tokens long.
+
+  Attributes:
+    tokens: int32 [2, 16].
+    positions: Likewise.
+    visible_until: Likewise; 0 for padding.
+    paths: For each leaf, its row and the places of the tokens above it.
+  """
+
+  tokens: np.ndarray
+  positions: np.ndarray
+  visible_until: np.ndarray
+  paths: list[tuple[int, np.ndarray]]
+
+
+def make_forest():
+  # Each row: start and end of an edge, the end of its subtree, its parent.
+  rows = (
+    [(0, 5, 13, None), (5, 9, 9, 0), (9, 13, 13, 0)],
+    [
+      (0, 3, 15, None),
+      (3, 6, 12, 0),
+      (6, 8, 8, 1),
+      (8, 12, 12, 1),
+      (12, 15, 15, 0),
+    ],
+  )
+  tokens = np.random.default_rng(3).integers(0, 40, (2, 16)).astype(np.int32)
+  positions, until = np.zeros_like(tokens), np.zeros_like(tokens)
+  paths = []
+  for row, edges in enumerate(rows):
+    places = []
+    for start, end, subtree_end, parent in edges:
+      above = [] if parent is None else places[parent]
+      places.append([*above, *range(start, end)])
+      positions[row, start:end] = len(above) + np.arange(end - start)
+      until[row, start:end] = subtree_end
+      if subtree_end == end:
+        paths.append((row, np.array(places[-1])))
+  return Forest(tokens, positions, until, paths)
+
+
+FOREST = make_forest()
+# Each path by itself; what stands behind it is padding.
+PATHS = np.zeros((len(FOREST.paths), 12), np.int32)
+for _number, (_row, _places) in enumerate(FOREST.paths):
+  PATHS[_number, : len(_places)] = FOREST.tokens[_row, _places]
+
+
+# TOKENS in the same shape, so that the slow way is compiled once.
+SEQUENCES = np.resize(TOKENS, PATHS.shape)
+
+
+def loss_of(logits, places):
+  """Any function of the logits of a path that has a gradient everywhere."""
+  weights = np.random.default_rng(4).normal(size=(12, 40)).astype(np.float32)
+  return (logits * weights[: len(places)]).sum()
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_forest(params, *, config):
+  """Logits [2, 16, vocab_size] of FOREST."""
+  hidden, _ = decoder.Decoder(config).apply(
+    {"params": params}, *map(jnp.asarray, FOREST[:3])
+  )
+  return decoder.logits(params, hidden, config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_those_of_the_slow_decoder(name):
+def test_trees_give_the_logits_of_their_paths_one_by_one(name):
   config = CONFIGS[name]
   params = plain.random_params(config)
-  assert ("unembedding" in params) == (name != "tied")
-  assert ("bias" in params["layers"]["attention"]["key"]) == (name == "bias")
-  np.testing.assert_allclose(
-    run(params, POSITIONS, config=config),
-    run_plainly(params, config=config),
-    atol=2e-5,
+  assert ("unembedding" in params) != config.tie_word_embeddings
+  got = run_forest(params, config=config)
+  assert np.isfinite(got).all(), "padding"
+  expected = run_plainly(params, PATHS, config=config)
+  for (row, places), want in zip(FOREST.paths, expected, strict=True):
+    np.testing.assert_allclose(got[row, places], want[: len(places)], atol=2e-5)
+
+
+def test_trees_give_the_gradients_of_their_paths_on_any_mesh():
+  config = dataclasses.replace(
+    CONFIGS["gemma2"],
+    qk_norm="full",
+    attention_bias=True,
+    num_experts=3,
+    num_experts_per_tok=2,
   )
+  params = plain.random_params(config)
+
+  def of_forest(params):
+    logits = run_forest(params, config=config)
+    # Padding is not in it, but is computed, and must not spoil it.
+    losses = [loss_of(logits[row, at], at) for row, at in FOREST.paths]
+    return jnp.stack(losses).sum()
+
+  def of_paths(params):
+    logits = run_plainly(params, PATHS, config=config)
+    losses = [
+      loss_of(path_logits[: len(at)], at)
+      for path_logits, (_, at) in zip(logits, FOREST.paths, strict=True)
+    ]
+    return jnp.stack(losses).sum()
+
+  want = jax.jit(jax.grad(of_paths))(params)
+  mesh = mesh_of(1, 2, 2)
+  sharded = jax.device_put(params, decoder.param_shardings(config, mesh))
+  got = jax.jit(jax.grad(of_forest))(params)
+  with jax.set_mesh(mesh):
+    got_on_mesh = jax.jit(jax.grad(of_forest))(sharded)
+  for (path, b), a, on_mesh in zip(
+    jax.tree.leaves_with_path(want),
+    jax.tree.leaves(got),
+    jax.tree.leaves(got_on_mesh),
+    strict=True,
+  ):
+    name, largest = jax.tree_util.keystr(path), np.abs(b).max()
+    assert largest > 1e-3, name
+    for leaf in (a, on_mesh):
+      np.testing.assert_allclose(
+        leaf, b, rtol=1e-3, atol=2e-5 * largest, err_msg=name
+      )
 
 
-def test_bfloat16_is_as_exact_as_in_the_slow_decoder():
-  config = dataclasses.replace(GROUPED, dtype="bfloat16")
-  params = plain.random_params(GROUPED)
-  exact = run_plainly(params, config=GROUPED)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cache_gives_what_all_tokens_at_once_give(name):
+  config = CONFIGS[name]
+  params = plain.random_params(config)
+  expected = run_plainly(params, SEQUENCES, config=config)
+
+  @jax.jit
+  def step(params, tokens, positions, cache):
+    hidden, cache = decoder.Decoder(config).apply(
+      {"params": params}, tokens, positions, cache=cache
+    )
+    return decoder.logits(params, hidden, config), cache
+
+  cache = decoder.empty_cache(config, batch=2, length=12)
+  heads = (config.num_key_value_heads, config.head_width)
+  assert cache.keys.shape == (config.num_hidden_layers, 2, 12, *heads)
+  # Row 1 is two tokens behind row 0: what is outside the cache is not written.
+  first = np.array([[0, 1, 2, 3], [0, 1, 99, 99]])
+  for index in [first, *([[i], [i - 2]] for i in range(4, 12))]:
+    index = np.asarray(index, np.int32)
+    tokens = np.take_along_axis(TOKENS, np.minimum(index, 11), axis=1)
+    logits, cache = step(params, tokens, index, cache)
+    for row in range(2):
+      for place, position in enumerate(index[row]):
+        if position < 12:
+          np.testing.assert_allclose(
+            logits[row, place], expected[row, position], atol=2e-5
+          )
+
+
+@pytest.mark.parametrize("name", ["grouped", "gemma2"])
+def test_bfloat16_is_as_exact_as_in_the_slow_decoder(name):
+  config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
+  params = plain.random_params(config)
+  exact = run_plainly(params, SEQUENCES, config=CONFIGS[name])[:2]
   error = lambda logits: np.sqrt(np.mean((logits - exact) ** 2))
-  slow = run_plainly(params, config=config)
+  slow = run_plainly(params, SEQUENCES, config=config)[:2]
   assert error(slow) > 1e-3, "bfloat16 was not used"
   assert error(run(params, POSITIONS, config=config)) < 1.5 * error(slow)
 
@@ -90,26 +297,6 @@ def test_only_distances_between_positions_matter():
   )
   stretched = run(params, 2 * POSITIONS, config=GROUPED)
   assert np.abs(stretched - logits).max() > 1e-2
-
-
-def test_rotation_turns_each_pair_of_dimensions_by_its_own_angle():
-  # Dimensions 0 and 2 form a pair that turns by 1 a position, 1 and 3 one that
-  # turns by theta ** (-1 / 2) = 0.1 for theta = 100.
-  x = jnp.array([1.0, 10.0, 2.0, 20.0])[None, None, None]
-  (rotated,) = embeddings.rotate(x, jnp.array([[3]]), 100.0)[0, 0]
-  cos, sin = math.cos, math.sin
-  expected = [
-    1 * cos(3) - 2 * sin(3),
-    10 * cos(0.3) - 20 * sin(0.3),
-    2 * cos(3) + 1 * sin(3),
-    20 * cos(0.3) + 10 * sin(0.3),
-  ]
-  np.testing.assert_allclose(rotated, expected, rtol=1e-5)
-
-
-def test_a_rotation_keeps_bfloat16():
-  x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
-  assert embeddings.rotate(x, jnp.array([[7]]), 1e4).dtype == jnp.bfloat16
 
 
 def test_what_is_kept_for_the_backward_pass_changes_no_gradient():
@@ -139,33 +326,6 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient():
   assert flops["full"] > flops["dots"] > flops["none"], flops
 
 
-def test_a_cache_gives_what_all_tokens_at_once_give():
-  params = plain.random_params(GROUPED)
-  expected = run(params, POSITIONS, config=GROUPED)
-
-  @jax.jit
-  def step(params, tokens, positions, cache):
-    hidden, cache = decoder.Decoder(GROUPED).apply(
-      {"params": params}, tokens, positions, cache=cache
-    )
-    return decoder.logits(params, hidden, GROUPED), cache
-
-  cache = decoder.empty_cache(GROUPED, batch=2, length=12)
-  assert cache.keys.shape == (3, 2, 12, 2, 4)
-  # Row 1 is two tokens behind row 0: what is outside the cache is not written.
-  first = np.array([[0, 1, 2, 3], [0, 1, 99, 99]])
-  for index in [first, *([[i], [i - 2]] for i in range(4, 12))]:
-    index = np.asarray(index, np.int32)
-    tokens = np.take_along_axis(TOKENS, np.minimum(index, 11), axis=1)
-    logits, cache = step(params, tokens, index, cache)
-    for row in range(2):
-      for place, position in enumerate(index[row]):
-        if position < 12:
-          np.testing.assert_allclose(
-            logits[row, place], expected[row, position], atol=2e-5
-          )
-
-
 def test_either_trees_or_a_cache():
   apply = functools.partial(
     decoder.Decoder(GROUPED).apply,
@@ -179,76 +339,10 @@ def test_either_trees_or_a_cache():
       apply(*arguments)
 
 
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    (dict(vocab_size=0), "model.vocab_size must be positive, got 0"),
-    (dict(rope_theta=-1.0), "model.rope_theta must be positive, got -1.0"),
-    (
-      dict(num_key_value_heads=3),
-      r"model.num_attention_heads \(4\) must be a multiple of "
-      r"model.num_key_value_heads \(3\)",
-    ),
-    (
-      dict(hidden_size=18),
-      r"model.hidden_size \(18\) must be a multiple of "
-      r"model.num_attention_heads \(4\); otherwise set model.head_dim",
-    ),
-    (dict(head_dim=0), "model.head_dim must be positive, got 0"),
-    (dict(head_dim=5), "model.head_dim must be even .* got 5"),
-    (dict(hidden_size=20), "model.head_dim must be even .* got 5"),
-    (dict(dtype="float16"), "model.dtype must be one of .* got 'float16'"),
-    (dict(param_dtype="int8"), "model.param_dtype must be one of .* 'int8'"),
-    (dict(remat="some"), "model.remat must be one of .*dots.* got 'some'"),
-  ],
-)
-def test_a_bad_config_names_its_key(changes, message):
-  with pytest.raises(ValueError, match=message) as caught:
-    dataclasses.replace(GROUPED, **changes)
-  assert "\n" not in str(caught.value)
-
-
-def mesh_of(*shape):
-  sizes = dict(zip(sharding.MESH_AXES, shape, strict=True))
-  devices = jax.devices()[: math.prod(shape)]
-  return sharding.make_mesh(sharding.MeshConfig(**sizes), devices)
-
-
-@pytest.mark.parametrize(
-  ("shape", "changes", "message"),
-  [
-    (
-      (1, 1, 8),
-      {},
-      r"model.num_key_value_heads \(2\) must be a multiple of "
-      r"mesh.tensor \(8\)",
-    ),
-    (
-      (1, 8, 1),
-      dict(hidden_size=20, head_dim=4),
-      r"model.hidden_size \(20\) must be a multiple of mesh.fsdp \(8\)",
-    ),
-    ((4, 1, 2), dict(vocab_size=41), r"model.vocab_size \(41\) .* mesh.tensor"),
-    (
-      (4, 1, 2),
-      dict(intermediate_size=25),
-      r"model.intermediate_size \(25\) .* mesh.tensor \(2\)",
-    ),
-  ],
-)
-def test_a_mesh_that_does_not_divide_the_model_is_refused(
-  shape, changes, message
-):
-  mesh = mesh_of(*shape)
-  config = dataclasses.replace(GROUPED, **changes)
-  with pytest.raises(ValueError, match=message):
-    config.check_mesh(mesh)
-  mesh_of(1, 1, 1)
-  config.check_mesh(mesh_of(1, 1, 1))
-
-
 def test_parameters_are_born_sharded_and_the_same_on_every_mesh():
-  config = dataclasses.replace(CONFIGS["bias"], num_key_value_heads=2)
+  config = dataclasses.replace(
+    CONFIGS["bias"], num_key_value_heads=2, qk_norm="full"
+  )
   make = functools.partial(decoder.make_params, jax.random.key(0), config)
   expected = make(mesh_of(1, 1, 1))
   mesh = mesh_of(2, 2, 2)
@@ -276,6 +370,9 @@ def test_parameters_are_born_sharded_and_the_same_on_every_mesh():
     (mlp["gate"]["kernel"], (None, fsdp, tensor)),
     (mlp["down"]["kernel"], (None, tensor, fsdp)),
     (layers["mlp_norm"]["scale"], (None, None)),
+    (attention["query_norm"]["scale"], (None, None, None)),
+    (attention["out"]["bias"], (None, None)),
+    (mlp["up"]["bias"], (None, tensor)),
   ):
     wanted = jax.sharding.NamedSharding(mesh, P(*spec))
     assert array.sharding.is_equivalent_to(wanted, array.ndim), spec
@@ -285,9 +382,7 @@ def test_parameters_are_born_sharded_and_the_same_on_every_mesh():
 
 
 def test_fresh_parameters_have_the_spread_that_is_asked_for():
-  config = dataclasses.replace(
-    CONFIGS["bias"], num_key_value_heads=2, initializer_range=0.5
-  )
+  config = dataclasses.replace(CONFIGS["bias"], initializer_range=0.5)
   params = decoder.make_params(jax.random.key(0), config, mesh_of(1, 1, 1))
   for path, leaf in jax.tree.leaves_with_path(params):
     name = path[-1].key
@@ -296,8 +391,8 @@ def test_fresh_parameters_have_the_spread_that_is_asked_for():
     elif name == "bias":
       np.testing.assert_array_equal(leaf, 0.0)
     else:
-      # At least 288 draws: the estimate is off by 4 % (one sigma) at most.
-      np.testing.assert_allclose(np.std(leaf), 0.5, rtol=0.15)
+      # At least 192 draws: the estimate is off by 5 % (one sigma) at most.
+      np.testing.assert_allclose(np.std(leaf), 0.5, rtol=0.2)
   # Layers are not copies of each other.
   gate = params["layers"]["mlp"]["gate"]["kernel"]
   assert np.abs(gate[0] - gate[1]).max() > 0.1

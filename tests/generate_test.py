@@ -23,6 +23,14 @@ CONFIGS = {
   "bias": dataclasses.replace(SMALL, attention_bias=True),
   "tied": dataclasses.replace(SMALL, tie_word_embeddings=True),
   "remat": dataclasses.replace(SMALL, remat="full", head_dim=6),
+  "sliding": dataclasses.replace(
+    SMALL,
+    sliding_window=5,
+    layer_types=("sliding_attention", "full_attention"),
+    attn_logit_softcapping=3.0,
+    final_logit_softcapping=5.0,
+  ),
+  "experts": dataclasses.replace(SMALL, num_experts=4, num_experts_per_tok=2),
 }
 PROMPTS = [[1, 2, 3], [4], [9, 8, 7, 6, 5], [3] * 17, [1, 2, 3], [30, 2], [11]]
 SAMPLED = generate.SamplingConfig(max_new_tokens=8, temperature=1.5)
@@ -298,16 +306,25 @@ def test_steps_are_sampled_independently():
 
 
 @pytest.mark.parametrize(
-  "sampling", [greedy(8), SAMPLED], ids=["greedy", "t1.5"]
+  "sizes, name, sampling",
+  [
+    *(
+      (sizes, "grouped", sampling)
+      for sizes in [(8, 1, 1), (2, 2, 2), (1, 4, 2)]
+      for sampling in (greedy(8), SAMPLED)
+    ),
+    ((2, 2, 2), "experts", greedy(8)),
+  ],
+  ids=lambda value: str(getattr(value, "temperature", value)),
 )
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
-def test_eight_devices_equal_one(sizes, sampling):
-  params = random_params(SMALL)
+def test_eight_devices_equal_one(sizes, name, sampling):
+  config = CONFIGS[name]
+  params = random_params(config)
 
   def run(params):
     # Seven prompts: no multiple of the shards.
     return generate.generate(
-      params, SMALL, PROMPTS, sampling, eos_id=0, key=jax.random.key(5)
+      params, config, PROMPTS, sampling, eos_id=0, key=jax.random.key(5)
     )
 
   data, fsdp, tensor = sizes
@@ -315,7 +332,7 @@ def test_eight_devices_equal_one(sizes, sampling):
     sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
   )
   with jax.set_mesh(mesh):
-    shardings = decoder.param_shardings(SMALL, mesh)
+    shardings = decoder.param_shardings(config, mesh)
     on_mesh = run(jax.device_put(params, shardings))
   assert on_mesh == run(params)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -165,9 +166,13 @@ def test_bfloat16_forests_agree_as_far_as_bfloat16_goes():
     assert cosine > 0.999, jax.tree_util.keystr(path)
 
 
-def naive_token_logps(hidden, unembedding, positions, targets, counts):
+def naive_token_logps(
+  hidden, unembedding, positions, targets, counts, softcap=None
+):
   taken = jnp.take_along_axis(hidden, positions[..., None], axis=1)
   logits = jnp.einsum("rsd,vd->rsv", taken, unembedding)
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
   logps = jnp.take_along_axis(
     jax.nn.log_softmax(logits), targets[..., None], axis=-1
   )[..., 0]
@@ -186,12 +191,16 @@ def head_inputs(rows=8, length=12, hidden=16, vocab=24, scores=10):
   )
 
 
+# Logits are about 4 in size, so that a soft cap of 5 bends them.
 @pytest.mark.parametrize(
-  ("chunk_size", "shape"),
-  [(1, None), (7, None), (16, None), (1000, None)]
-  + [(7, shape) for shape in ((1, 1, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1))],
+  ("chunk_size", "shape", "softcap"),
+  [(1, None, None), (7, None, None), (16, None, None), (1000, None, None)]
+  + [(7, (1, 1, 1), None), (7, (1, 1, 8), None), (7, (1, 8, 1), None)]
+  + [(7, (2, 2, 2), None), (7, (2, 2, 2), 5.0), (7, None, 5.0)],
 )
-def test_chunks_and_shards_of_the_head_change_nothing(chunk_size, shape):
+def test_chunks_and_shards_of_the_head_change_nothing(
+  chunk_size, shape, softcap
+):
   inputs = head_inputs()
   weights = jax.random.normal(jax.random.key(9), inputs[3].shape)
 
@@ -203,7 +212,9 @@ def test_chunks_and_shards_of_the_head_change_nothing(chunk_size, shape):
     gradient = jax.grad(total, argnums=(0, 1), has_aux=True)
     return jax.jit(gradient)(*inputs[:2])
 
-  fast = functools.partial(logprobs.token_logps, chunk_size=chunk_size)
+  fast = functools.partial(
+    logprobs.token_logps, softcap=softcap, chunk_size=chunk_size
+  )
   if shape is None:
     gradients, logps = run(fast)
   else:
@@ -215,7 +226,9 @@ def test_chunks_and_shards_of_the_head_change_nothing(chunk_size, shape):
     inputs = jax.device_put(inputs, jax.sharding.NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
       gradients, logps = run(fast)
-  expected_gradients, expected = run(naive_token_logps)
+  expected_gradients, expected = run(
+    functools.partial(naive_token_logps, softcap=softcap)
+  )
   np.testing.assert_allclose(logps, expected, rtol=1e-5, atol=1e-5)
   for got, want in zip(gradients, expected_gradients, strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -246,6 +259,28 @@ def test_extreme_logits_stay_finite():
   )
   assert score(zero)[0, 0] == 0.0
   assert score(zero + 1)[0, 0] == -2e4
+
+
+def test_a_soft_cap_bounds_logits():
+  # 30 tanh(+-20 / 30) for tokens 0 and 1.
+  score = jax.value_and_grad(
+    lambda hidden, target: logprobs.token_logps(
+      jnp.full((1, 1, 1), hidden),
+      jnp.array([[1.0], [-1.0]]),
+      jnp.zeros((1, 1), jnp.int32),
+      jnp.full((1, 1), target),
+      jnp.ones((1,), jnp.int32),
+      softcap=30.0,
+    )[0, 0]
+  )
+  # With logits l and -l, token 1 has -2l - log(1 + exp(-2l)), whose slope by l
+  # is -2 sigmoid(2l); that of l = 30 tanh(x / 30) is 1 - (l / 30)**2.
+  logit = 30 * math.tanh(20 / 30)
+  expected = -2 * logit - math.log1p(math.exp(-2 * logit))
+  slope = -2 / (1 + math.exp(-2 * logit)) * (1 - (logit / 30) ** 2)
+  np.testing.assert_allclose(score(20.0, 1), (expected, slope), rtol=1e-5)
+  # Far beyond the cap nothing is left to gain.
+  np.testing.assert_allclose(score(1e4, 1), (-60.0, 0.0), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 256])

@@ -1,6 +1,8 @@
 """Attention over rows of prefix trees.
 
-Query `q` sees key `k` exactly when `k <= q < visible_until[k]`.
+Query `q` sees key `k` exactly when `k <= q < visible_until[k]` and, if there is
+a window, `positions[q] - positions[k] < window`, where a position is the depth
+of a token in its tree.
 """
 
 import functools
@@ -12,24 +14,69 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dpop_jax import sharding
+from dpop_jax.models import attention_blocks
 
-MAX_BLOCK_SIZE = 128
 # Stands for minus infinity: finite, so that differences of two are not nan.
 _MASKED = -1e30
-# How [rows, length, heads, head_dim], [rows, length] and the log-normalizers
-# [rows, kv_heads, blocks, queries] are split.
+
+
+class _Visibility(NamedTuple):
+  """What decides which keys a query sees.
+
+  Attributes:
+    until: int32 [rows, length].
+    positions: int32 [rows, length]; None without a window.
+    window: int32 []; None for none.
+  """
+
+  until: jax.Array
+  positions: jax.Array | None
+  window: jax.Array | None
+
+
+def _visibility(visible_until, positions, window):
+  visible_until = jnp.asarray(visible_until)
+  if window is None:
+    return _Visibility(visible_until, None, None)
+  if positions is None:
+    raise ValueError(
+      "A window of attention is counted in positions, but there are none; give "
+      "`positions`, or None for the window."
+    )
+  return _Visibility(visible_until, jnp.asarray(positions), jnp.asarray(window))
+
+
+class _Scoring(NamedTuple):
+  """What makes scores of products."""
+
+  scale: float
+  softcap: float | None
+
+
+# How [rows, length, heads, head_dim], what decides on visibility, and the
+# log-normalizers [rows, kv_heads, blocks, queries] are split.
 _HEADS = P(sharding.ROW_AXES, None, sharding.TENSOR)
-_ROWS = P(sharding.ROW_AXES)
+_VISIBILITY = _Visibility(P(sharding.ROW_AXES), P(sharding.ROW_AXES), P())
 _NORMALIZERS = P(sharding.ROW_AXES, sharding.TENSOR)
 
 
 def forest_mask(
   visible_until: Int[Array, "rows length"],
+  positions: Int[Array, "rows length"] | None = None,
+  window: Int[Array, ""] | None = None,
 ) -> Bool[Array, "rows length length"]:
-  """Which key (last axis) each query (second axis) may see, written out."""
+  """Which key (last axis) each query (second axis) may see, written out.
+
+  Raises:
+    ValueError: There is a window, but no positions.
+  """
+  _, positions, window = _visibility(visible_until, positions, window)
   index = jnp.arange(visible_until.shape[-1])
   queries, keys = index[None, :, None], index[None, None, :]
-  return (keys <= queries) & (queries < visible_until[:, None, :])
+  mask = (keys <= queries) & (queries < visible_until[:, None, :])
+  if window is None:
+    return mask
+  return mask & (positions[:, :, None] - positions[:, None, :] < window)
 
 
 def masked_attention(
@@ -37,10 +84,14 @@ def masked_attention(
   key: Float[Array, "rows keys kv_heads head_dim"],
   value: Float[Array, "rows keys kv_heads head_dim"],
   mask: Bool[Array, "rows queries keys"],
+  *,
+  scale: float,
+  softcap: float | None = None,
 ) -> Float[Array, "rows queries heads head_dim"]:
   """Grouped-query attention with the whole mask in memory; for decoding.
 
   Scores and their softmax are float32. A query that sees nothing gives zeros.
+  For `scale` and `softcap` see `forest_attention`.
   """
   rows, queries, heads, head_dim = query.shape
   kv_heads = key.shape[2]
@@ -48,7 +99,7 @@ def masked_attention(
   scores = jnp.einsum(
     "rqkgd,rckd->rkgqc", grouped, key, preferred_element_type=jnp.float32
   )
-  scores = scores * head_dim**-0.5
+  scores = _scores(scores, _Scoring(scale, softcap))
   mask = mask[:, None, None]
   weights = jax.nn.softmax(jnp.where(mask, scores, _MASKED), axis=-1)
   weights = jnp.where(mask, weights, 0.0).astype(value.dtype)
@@ -63,91 +114,75 @@ def forest_attention(
   key: Float[Array, "rows length kv_heads head_dim"],
   value: Float[Array, "rows length kv_heads head_dim"],
   visible_until: Int[Array, "rows length"],
+  *,
+  scale: float,
+  softcap: float | None = None,
+  positions: Int[Array, "rows length"] | None = None,
+  window: Int[Array, ""] | None = None,
 ) -> Float[Array, "rows length heads head_dim"]:
   """Grouped-query attention in blocks, without a mask in memory.
 
   Softmax is accumulated block by block in float32 and recomputed in the
   backward pass. Blocks in which no query sees a key are not computed. Rows are
   split over the mesh's data and fsdp axes and heads over its tensor axis, with
-  no communication. A row that has no divisor near MAX_BLOCK_SIZE is padded, for
-  blocks of a few tokens would take a hundred times as long.
+  no communication. A row that can't be cut evenly into large blocks is padded,
+  for blocks of a few tokens would take a hundred times as long.
+
+  Args:
+    query: One for each token and head.
+    key: One for each token and group of heads.
+    value: Likewise.
+    visible_until: End of the subtree of each token; see `pairs.PackedBatch`.
+    scale: Multiplies the products of queries and keys, which makes scores.
+    softcap: Scores s become softcap * tanh(s / softcap), if given.
+    positions: Depth of each token in its tree; needed with a window.
+    window: A query sees keys less than this far above it, itself included; it
+      need not be known when compiling. None for no window.
+
+  Raises:
+    ValueError: There is a window, but no positions.
   """
-  inputs = [jnp.asarray(x) for x in (query, key, value, visible_until)]
+  query, key, value = map(jnp.asarray, (query, key, value))
+  inputs = query, key, value, _visibility(visible_until, positions, window)
+  scoring = _Scoring(scale, softcap)
   length = query.shape[1]
-  if block_size(length) * 4 >= MAX_BLOCK_SIZE or length <= MAX_BLOCK_SIZE:
-    return _attention(*inputs)
+  padding = attention_blocks.padding(length)
+  if not padding:
+    return _attention(*inputs, scoring)
+
   # A key with `visible_until` 0 is seen by nobody.
-  padding = -length % MAX_BLOCK_SIZE
-  widths = lambda x: ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2)
-  return _attention(*(jnp.pad(x, widths(x)) for x in inputs))[:, :length]
+  def pad(x):
+    widths = ((0, 0), (0, padding), (0, 0), (0, 0))[: x.ndim]
+    return jnp.pad(x, widths) if widths else x  # The window is a scalar.
+
+  return _attention(*jax.tree.map(pad, inputs), scoring)[:, :length]
 
 
-@jax.custom_vjp
-def _attention(query, key, value, visible_until):
-  return _forward(query, key, value, visible_until)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(query, key, value, visibility, scoring):
+  return _forward(query, key, value, visibility, scoring)[0]
 
 
-def _forward(query, key, value, visible_until):
+def _forward(query, key, value, visibility, scoring):
   run = sharding.per_device(
-    _forward_blocks,
-    in_specs=(_HEADS, _HEADS, _HEADS, _ROWS),
+    functools.partial(_forward_blocks, scoring=scoring),
+    in_specs=(_HEADS, _HEADS, _HEADS, _VISIBILITY),
     out_specs=(_HEADS, _NORMALIZERS),
   )
-  out, log_normalizers = run(query, key, value, visible_until)
-  return out, (query, key, value, visible_until, out, log_normalizers)
+  out, log_normalizers = run(query, key, value, visibility)
+  return out, (query, key, value, visibility, out, log_normalizers)
 
 
-def _backward(residuals, out_gradient):
+def _backward(scoring, residuals, out_gradient):
   run = sharding.per_device(
-    _backward_blocks,
-    in_specs=(_HEADS, _HEADS, _HEADS, _ROWS, _HEADS, _NORMALIZERS, _HEADS),
+    functools.partial(_backward_blocks, scoring=scoring),
+    in_specs=(_HEADS,) * 3 + (_VISIBILITY, _HEADS, _NORMALIZERS, _HEADS),
     out_specs=(_HEADS, _HEADS, _HEADS),
   )
   return (*run(*residuals, out_gradient), None)
 
 
 _attention.defvjp(_forward, _backward)
-
-
-class _Blocks(NamedTuple):
-  """The pairs of a query block and a key block in which something is visible.
-
-  Blocks of all rows count through: block `row * blocks_per_row + i`.
-
-  Attributes:
-    queries: int32 [all pairs]; those that count come first.
-    keys: int32 [all pairs].
-    count: Number of pairs that count.
-  """
-
-  queries: jax.Array
-  keys: jax.Array
-  count: jax.Array
-
-
-def block_size(length: int) -> int:
-  """Largest divisor of a row's length up to MAX_BLOCK_SIZE."""
-  return next(
-    size for size in range(MAX_BLOCK_SIZE, 0, -1) if length % size == 0
-  )
-
-
-def visible_blocks(visible_until: Int[Array, "rows length"]) -> _Blocks:
-  """Lists the pairs of blocks that any token needs."""
-  rows, length = visible_until.shape
-  size = block_size(length)
-  count = length // size
-  index = jnp.arange(count)
-  # Padding sees not even itself, so it asks for nothing.
-  is_seen = visible_until > jnp.arange(length)[None]
-  last_query = jnp.where(is_seen, visible_until, 0)
-  last_query = last_query.reshape(rows, count, size).max(axis=-1)
-  queries, keys = index[None, :, None], index[None, None, :]
-  is_needed = (keys <= queries) & (last_query[:, None, :] > queries * size)
-  row, query, key = jnp.nonzero(is_needed, size=rows * count**2, fill_value=0)
-  return _Blocks(
-    queries=row * count + query, keys=row * count + key, count=is_needed.sum()
-  )
 
 
 def _split(x, num_groups, size):
@@ -166,21 +201,41 @@ def _join(x, rows, num_groups, size):
   return x.reshape(rows, -1, kv_heads * num_groups, head_dim)
 
 
-def _masked_scores(blocks, step, query, key, visible_until, size):
+def _scores(products, scoring):
+  scores = products * scoring.scale
+  if scoring.softcap is None:
+    return scores
+  return scoring.softcap * jnp.tanh(scores / scoring.softcap)
+
+
+def _product_gradient(score_gradient, scores, scoring):
+  """The gradient in front of `_scores`, from that behind it."""
+  if scoring.softcap is not None:
+    # The slope of tanh at x is 1 - tanh(x)**2.
+    slope = 1.0 - jnp.square(scores / scoring.softcap)
+    score_gradient = score_gradient * slope
+  return score_gradient * scoring.scale
+
+
+def _masked_scores(q, k, query, key, visibility, scoring):
   """Scores of two blocks [kv_heads, groups * size, size], and the mask."""
-  q, k = blocks.queries[step], blocks.keys[step]
-  blocks_per_row = visible_until.shape[-1] // size
-  until = visible_until.reshape(-1, size)[k]
+  until, positions, window = visibility
+  size = key.shape[2]
+  blocks_per_row = until.shape[-1] // size
+  until = until.reshape(-1, size)[k]
   in_block = jnp.arange(size)
   queries = (q % blocks_per_row) * size + in_block[:, None]
   keys = (k % blocks_per_row) * size + in_block[None, :]
   mask = (keys <= queries) & (queries < until[None, :])
+  if window is not None:
+    positions = positions.reshape(-1, size)
+    mask &= positions[q][:, None] - positions[k][None, :] < window
   num_groups = query.shape[2] // size
   mask = jnp.tile(mask, (num_groups, 1))[None]
-  scores = jnp.einsum(
+  products = jnp.einsum(
     "kqd,kcd->kqc", query[q], key[k], preferred_element_type=jnp.float32
   )
-  return scores * query.shape[-1] ** -0.5, mask
+  return _scores(products, scoring), mask
 
 
 def _put(blocks, index, block):
@@ -188,19 +243,18 @@ def _put(blocks, index, block):
   return jax.lax.dynamic_update_index_in_dim(blocks, block, index, axis=0)
 
 
-def _forward_blocks(query, key, value, visible_until):
+def _forward_blocks(query, key, value, visibility, *, scoring):
   """Attention of one device's rows and heads; also the log-normalizers."""
-  rows, length, heads, head_dim = query.shape
-  kv_heads = key.shape[2]
-  num_groups, size = heads // kv_heads, block_size(length)
-  blocks = visible_blocks(visible_until)
+  rows, length, heads, _ = query.shape
+  num_groups, size = heads // key.shape[2], attention_blocks.block_size(length)
+  blocks = attention_blocks.visible_blocks(*visibility)
   query = _split(query, num_groups, size)
   key, value = _split(key, 1, size), _split(value, 1, size)
 
   def attend(step, carry):
     sums, maxima, mixed = carry
     q, k = blocks.queries[step], blocks.keys[step]
-    scores, mask = _masked_scores(blocks, step, query, key, visible_until, size)
+    scores, mask = _masked_scores(q, k, query, key, visibility, scoring)
     old = maxima[q]
     new = jnp.maximum(old, jnp.where(mask, scores, _MASKED).max(axis=-1))
     weights = jnp.where(mask, jnp.exp(scores - new[..., None]), 0.0)
@@ -231,12 +285,12 @@ def _forward_blocks(query, key, value, visible_until):
 
 
 def _backward_blocks(
-  query, key, value, visible_until, out, log_normalizers, out_gradient
+  query, key, value, visibility, out, log_normalizers, out_gradient, *, scoring
 ):
   """Gradients of one device's rows and heads."""
-  rows, length, heads, head_dim = query.shape
-  num_groups, size = heads // key.shape[2], block_size(length)
-  blocks = visible_blocks(visible_until)
+  rows, length, heads, _ = query.shape
+  num_groups, size = heads // key.shape[2], attention_blocks.block_size(length)
+  blocks = attention_blocks.visible_blocks(*visibility)
   dtypes = query.dtype, key.dtype, value.dtype
   query = _split(query, num_groups, size)
   key, value = _split(key, 1, size), _split(value, 1, size)
@@ -248,22 +302,22 @@ def _backward_blocks(
   deltas = jnp.einsum(
     "bkqd,bkqd->bkq", out, out_gradient, preferred_element_type=jnp.float32
   )
-  scale = head_dim**-0.5
   contract = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def attend(step, carry):
     query_gradient, key_gradient, value_gradient = carry
     q, k = blocks.queries[step], blocks.keys[step]
-    scores, mask = _masked_scores(blocks, step, query, key, visible_until, size)
+    scores, mask = _masked_scores(q, k, query, key, visibility, scoring)
     weights = jnp.where(
       mask, jnp.exp(scores - log_normalizers[q][..., None]), 0
     )
     dtype = out_gradient.dtype
     weight_gradient = contract("kqd,kcd->kqc", out_gradient[q], value[k])
-    score_gradient = weights * (weight_gradient - deltas[q][..., None]) * scale
-    score_gradient = score_gradient.astype(dtype)
-    query_update = contract("kqc,kcd->kqd", score_gradient, key[k])
-    key_update = contract("kqc,kqd->kcd", score_gradient, query[q])
+    score_gradient = weights * (weight_gradient - deltas[q][..., None])
+    product_gradient = _product_gradient(score_gradient, scores, scoring)
+    product_gradient = product_gradient.astype(dtype)
+    query_update = contract("kqc,kcd->kqd", product_gradient, key[k])
+    key_update = contract("kqc,kqd->kcd", product_gradient, query[q])
     value_update = contract(
       "kqc,kqd->kcd", weights.astype(dtype), out_gradient[q]
     )

@@ -1,4 +1,4 @@
-"""What a token is, and where it stands."""
+"""What a token is."""
 
 import jax
 import jax.numpy as jnp
@@ -29,21 +29,3 @@ def look_up(
   return sharding.per_device(read, in_specs=(table, rows), out_specs=rows)(
     embedding, tokens
   )
-
-
-def rotate(
-  x: Float[Array, "rows length heads head_dim"],
-  positions: Int[Array, "rows length"],
-  theta: float,
-) -> Float[Array, "rows length heads head_dim"]:
-  """Rotary position embedding, halves of a head paired as in Llama.
-
-  Source: Su et al., 2021, https://arxiv.org/abs/2104.09864.
-  """
-  half = x.shape[-1] // 2
-  frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-  cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
