@@ -9,12 +9,13 @@ TEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/setup.stamp
+PARITY_STAMP := $(VENV)/parity.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format
+.PHONY: help setup demo test test-parity lint format
 
 help: ## Show the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## Make .venv with the package and the pinned tools.
 
@@ -24,11 +25,15 @@ demo: $(STAMP) ## Train the demo on a CPU; WORKDIR=... says where to.
 test: $(STAMP) ## Run the tests; TEST_ARGS="-k losses" picks some.
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
-lint: $(STAMP) ## Check format, style, types and import layers.
+test-parity: $(PARITY_STAMP) ## Compare with transformers' models in PyTorch.
+	$(BIN)/python -m pytest tests/parity $(TEST_ARGS)
+
+lint: $(STAMP) ## Check format, style, types, import layers and scripts.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck -x launch/*.sh launch/*.env launch/*.sbatch .ci/run
 
 format: $(STAMP) ## Format the code and sort the imports.
 	$(BIN)/ruff check --select I --fix .
@@ -43,4 +48,10 @@ $(STAMP): setup.py constraints.txt dpop_jax/__init__.py
 	@echo "Installing into $(VENV) what constraints.txt pins; this takes minutes."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# Apart, because PyTorch is large and nothing else needs it.
+$(PARITY_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[parity]'
 	@touch $@

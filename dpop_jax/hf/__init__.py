@@ -1,0 +1,1 @@
+"""Hugging Face model folders: read into our parameters, written from them."""
