@@ -101,6 +101,15 @@ def test_layouts_of_preference_rows(row, expected):
     ({"prompt": [USER], "completion": [FOUR]}, ([USER], "4", None)),
     ({"messages": [SYSTEM, USER, FOUR]}, ([SYSTEM, USER], "4", None)),
     (
+      {"system": "Be brief.", "messages": [USER, FOUR]},
+      ([SYSTEM, USER], "4", None),
+    ),
+    # Some data says it twice.
+    (
+      {"system": "Be brief.", "messages": [SYSTEM, USER, FOUR]},
+      ([SYSTEM, USER], "4", None),
+    ),
+    (
       {"conversations": [{"from": "human", "value": "2+2?"}, GPT_FOUR]},
       ([USER], "4", None),
     ),
@@ -176,6 +185,54 @@ def test_layouts_of_supervised_rows(row, expected):
       {"prompt": [USER], "chosen": [FOUR, USER, FOUR], "rejected": [FIVE]},
       "several turns",
       "one turn of the assistant",
+    ),
+    # What the user says is never scored: not in answers of several turns, and
+    # not in conversations that part before their last turn.
+    (
+      {
+        "prompt": [USER],
+        "chosen": [FOUR, USER, FOUR],
+        "rejected": [FIVE, USER, FIVE],
+      },
+      "several turns",
+      "one turn of the assistant",
+    ),
+    (
+      {
+        "prompt": [USER],
+        "chosen": [USER, FOUR, USER, FOUR],
+        "rejected": [USER, FIVE, USER, FIVE],
+      },
+      "several turns",
+      "one turn of the assistant",
+    ),
+    (
+      {
+        "chosen": [USER, FOUR, USER, FOUR],
+        "rejected": [USER, FIVE, USER, FIVE],
+      },
+      "different prompts",
+      "differ before their last turn",
+    ),
+    (
+      {"chosen": [USER, FOUR], "rejected": [USER, FIVE, USER, FIVE]},
+      "different prompts",
+      "differ before their last turn",
+    ),
+    (
+      {"prompt": "2+2?", "chosen": [FOUR, USER, FOUR], "rejected": [FIVE]},
+      "several turns",
+      "one turn of the assistant",
+    ),
+    (
+      {"prompt": [USER], "chosen": [FOUR, FIVE], "rejected": [FIVE]},
+      "several turns",
+      "one turn of the assistant",
+    ),
+    (
+      {"prompt": [USER], "chosen": [FOUR, USER], "rejected": [FIVE, USER]},
+      "no answer",
+      "turn of the user",
     ),
     ({"chosen": [USER], "rejected": [USER]}, "no answer", "turn of the user"),
     (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from dpop_jax.data import preferences, sources, tokenization, tokenizers
+from dpop_jax.data import preferences, tokenization, tokenizers
 
 Example = preferences.Example
 TEXTS = strategies.text(max_size=30)
@@ -349,27 +349,6 @@ def test_real_maths_rows_decode_to_the_text(shared_data, neox, stories):
       if tokenizer is stories:
         text = example.prompt + example.chosen
       assert decode(ids, tokenizer, ids.chosen) == text
-
-
-def test_real_chat_pairs_decode_to_what_the_template_writes(
-  shared_data, neox, stories
-):
-  path = shared_data / "prefs/llamafactory_dpo_en_demo.json"
-  examples = [
-    preferences.parse_preference(row.value) for row in sources.read(str(path))
-  ]
-  for tokenizer in (neox, stories):
-    encoded = tokenization.encode(examples, tokenizer, add_bos=None)
-    for example, ids in zip(examples, encoded, strict=True):
-      for side in ("chosen", "rejected"):
-        turn = {"role": "assistant", "content": getattr(example, side)}
-        text = "".join(
-          f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n"
-          for t in (*example.prompt, turn)
-        )
-        if tokenizer is neox:
-          text = unicodedata.normalize("NFC", text)
-        assert decode(ids, tokenizer, getattr(ids, side)) == text
 
 
 def test_both_answers_of_real_pairs_follow_the_same_prompt(shared_data, neox):

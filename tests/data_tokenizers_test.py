@@ -5,6 +5,7 @@ import unicodedata
 
 import hypothesis
 import pytest
+import sentencepiece
 from hypothesis import strategies
 
 from dpop_jax.data import chat_templates, tokenizers
@@ -82,6 +83,14 @@ def test_missing_and_broken_tokenizers_are_one_sentence(tmp_path):
     FileNotFoundError, match="data.tokenizer should be a Hugg"
   ):
     tokenizers.load(str(tmp_path / "nowhere"))
+  with pytest.raises(
+    FileNotFoundError, match="data.tokenizer should be a Hugg"
+  ):
+    tokenizers.load(str(tmp_path))
+  # Without a vocabulary, transformers makes up one of three tokens.
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "LlamaTokenizer"})
+  )
   with pytest.raises(
     FileNotFoundError, match="data.tokenizer should be a Hugg"
   ):
@@ -244,3 +253,200 @@ def test_faulty_templates_are_one_sentence(load):
       tokenizer.render(MESSAGES, add_generation_prompt=True)
   with pytest.raises(ValueError, match="data.chat_template should be a Jinja"):
     chat_templates.read("chatlm")
+
+
+def sentencepiece_folder(tmp_path, shared_data, config, **files):
+  """A folder of the SentencePiece model and settings, no tokenizer.json."""
+  tmp_path.mkdir(exist_ok=True)
+  model = (shared_data / SENTENCEPIECE).read_bytes()
+  (tmp_path / "tokenizer.model").write_bytes(model)
+  for name, value in (files | {"tokenizer_config": config}).items():
+    (tmp_path / f"{name}.json").write_text(json.dumps(value))
+  return str(tmp_path)
+
+
+def declared(text, **options):
+  flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+  return dict.fromkeys(flags, False) | {"content": text} | options
+
+
+LLAMA = {
+  "tokenizer_class": "LlamaTokenizer",
+  "bos_token": declared("<s>", __type="AddedToken"),
+  "eos_token": "</s>",
+  "unk_token": "<unk>",
+}
+
+
+def test_sentencepiece_itself_reads_a_folder_without_tokenizer_json(
+  tmp_path, shared_data
+):
+  folder = sentencepiece_folder(tmp_path, shared_data, LLAMA)
+  tokenizer = tokenizers.load(folder)
+  model = sentencepiece.SentencePieceProcessor(
+    model_file=str(shared_data / SENTENCEPIECE)
+  )
+  texts = ["Hello, how are you?", "  double  spaces", "2+2=4", ""]
+  assert tokenizer.encode_all(texts) == model.encode(texts)
+  # transformers makes other ids of it, hence this path.
+  import transformers
+
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  assert theirs(texts, add_special_tokens=False)["input_ids"] != (
+    model.encode(texts)
+  )
+
+
+def test_tokenizer_json_is_read_where_a_folder_has_both(tmp_path, shared_data):
+  folder = sentencepiece_folder(tmp_path, shared_data, {"eos_token": "</s>"})
+  (tmp_path / "tokenizer.json").write_bytes(
+    (shared_data / STORIES / "tokenizer.json").read_bytes()
+  )
+  assert tokenizers.load(folder).vocab_size == 512
+
+
+def test_sentencepiece_takes_its_settings_from_the_folder(
+  tmp_path, shared_data
+):
+  load_folder = lambda number, config, **files: tokenizers.load(
+    sentencepiece_folder(tmp_path / number, shared_data, config, **files)
+  )
+  tokenizer = load_folder("0", LLAMA | {"chat_template": "{{ unk_token }}!"})
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+  assert tokenizer.adds_bos
+  assert tokenizer.render(MESSAGES, add_generation_prompt=True) == "<unk>!"
+  # Named in the settings, it is a special token.
+  assert tokenizer.encode("<unk>") == [0]
+  for number, config, adds_bos, bos_id in (
+    ("1", {"add_bos_token": True, "add_eos_token": True}, True, 1),
+    ("2", {"add_bos_token": False}, False, 1),
+    ("3", {"bos_token": None}, False, None),
+  ):
+    tokenizer = load_folder(number, LLAMA | config)
+    assert (tokenizer.adds_bos, tokenizer.bos_id) == (adds_bos, bos_id)
+    # Where EOS goes is not for the tokenizer to say.
+    assert tokenizer.encode("a")[-1] != tokenizer.eos_id
+  tokens = {"eos_token": "<s>", "bos_token": {"content": "</s>"}}
+  tokenizer = load_folder("4", {}, special_tokens_map=tokens)
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 1)
+  given = tokenizers.load(
+    str(tmp_path / "2"), bos_token="</s>", eos_token="<s>"
+  )
+  assert (given.bos_id, given.eos_id, given.adds_bos) == (2, 1, True)
+
+
+def test_sentencepiece_with_added_tokens(tmp_path, shared_data):
+  config = LLAMA | {
+    "eos_token": "<|im_end|>",
+    "added_tokens_decoder": {
+      "1000": declared("<|im"),
+      "1001": declared("<|im_end|>", special=True),
+      "1003": declared("<pad>", lstrip=True, rstrip=True),
+      # Instead of the piece "the".
+      "7": declared("<slot>"),
+    },
+  }
+  folder = sentencepiece_folder(
+    tmp_path,
+    shared_data,
+    config,
+    added_tokens={"<|im_later|>": 1005, "<|im": 1000},
+  )
+  tokenizer = tokenizers.load(folder)
+  assert tokenizer.vocab_size == 1006
+  assert tokenizer.eos_id == 1001
+  (hello,) = tokenizer.encode_continuations(["Hello"])
+  # The longest of the tokens is meant, and no space goes behind any of them.
+  assert tokenizer.encode("a<|im_end|>Hello<|im_later|><|im<slot>") == (
+    [*tokenizer.encode("a"), 1001, *hello, 1005, 1000, 7]
+  )
+  text = "a<|im_end|>Hello<|im_later|><|im<slot> b"
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+  assert tokenizer.encode("a <pad> \nHello") == (
+    [*tokenizer.encode("a"), 1003, *hello]
+  )
+
+
+def test_added_tokens_beyond_the_vocabulary_count(tmp_path, shared_data):
+  def stories_folder(number, config):
+    (tmp_path / number).mkdir()
+    (tmp_path / number / "tokenizer.json").write_bytes(
+      (shared_data / STORIES / "tokenizer.json").read_bytes()
+    )
+    (tmp_path / number / "tokenizer_config.json").write_text(
+      json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config)
+    )
+    return str(tmp_path / number)
+
+  tokens = {"512": declared("<|im_end|>", special=True), "513": declared("<x>")}
+  config = {"eos_token": "<|im_end|>", "added_tokens_decoder": tokens}
+  tokenizer = tokenizers.load(stories_folder("0", config))
+  assert (tokenizer.vocab_size, tokenizer.eos_id) == (514, 512)
+  assert tokenizer.encode("<|im_end|><x>") == [512, 513]
+  # What a folder names without an id gets the next one, as in transformers.
+  config = {"eos_token": "</s>", "pad_token": "[PAD]"}
+  tokenizer = tokenizers.load(stories_folder("1", config))
+  assert tokenizer.vocab_size == 513
+  # transformers gives a token the next id, whatever the folder says.
+  config = {
+    "eos_token": "</s>",
+    "added_tokens_decoder": {"600": declared("!?")},
+  }
+  with pytest.raises(ValueError, match="'!\\?' has the id 600, but it is load"):
+    tokenizers.load(stories_folder("2", config))
+
+
+@pytest.mark.parametrize(
+  ("config", "message"),
+  [
+    ({"added_tokens_decoder": {"x": declared("a")}}, "The added tokens of"),
+    ({"added_tokens_decoder": {"1": "a"}}, "The added tokens of"),
+    ({"added_tokens_decoder": {"1": {}}}, "The added tokens of"),
+    (
+      {"added_tokens_decoder": {"1": declared("a", single_word=True)}},
+      "the token 'a' is single_word",
+    ),
+    ({"eos_token": "<nix>"}, "'<nix>' is not in the vocabulary"),
+  ],
+)
+def test_settings_that_cannot_be_used_are_one_sentence(
+  tmp_path, shared_data, config, message
+):
+  with pytest.raises(ValueError, match=message) as caught:
+    tokenizers.load(sentencepiece_folder(tmp_path, shared_data, config))
+  assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_folder_is_not_run(tmp_path, capfd):
+  (tmp_path / "vocab.json").write_text('{"a": 0}')
+  (tmp_path / "tokenizer_config.json").write_text(
+    json.dumps({"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}})
+  )
+  (tmp_path / "code.py").write_text("print('ran')\nclass Tokenizer: pass")
+  with pytest.raises(ValueError, match="cannot be read"):
+    tokenizers.load(str(tmp_path))
+  # Nor does it ask whether to, of a terminal where nobody sits.
+  assert "ran" not in (out := capfd.readouterr().out) and "y/N" not in out
+
+
+def test_cutting_and_padding_of_tokenizer_json_are_off(tmp_path, shared_data):
+  own = json.loads((shared_data / STORIES / "tokenizer.json").read_text())
+  own["truncation"] = {
+    "direction": "Right",
+    "max_length": 4,
+    "strategy": "LongestFirst",
+    "stride": 0,
+  }
+  own["padding"] = {
+    "strategy": {"Fixed": 8},
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 0,
+    "pad_type_id": 0,
+    "pad_token": "<unk>",
+  }
+  (tmp_path / "tokenizer.json").write_text(json.dumps(own))
+  tokenizer = tokenizers.load(str(tmp_path / "tokenizer.json"))
+  expected = tokenizers.load(str(shared_data / STORIES))
+  texts = ["a", "Once upon a time there was a cat."]
+  assert tokenizer.encode_all(texts) == expected.encode_all(texts)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from etils import epath
 
 from dpop_jax import pairs
 from dpop_jax.data import (
@@ -22,87 +23,9 @@ from dpop_jax.data import (
   tokenization,
   tokenizers,
 )
+from dpop_jax.data.data_config import DataConfig
 
 _REPORT = "report.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-  """The `data` section: which rows, which tokenizer, and how long.
-
-  Attributes:
-    train: Files, folders, patterns, or hub names `hub:owner/name:split`.
-    eval: The same for held-out pairs; None to take them from `train`, or none.
-    num_eval_pairs: Pairs to hold out of `train`. Pairs of one prompt stay
-      together, so there may be a few less.
-    holdout_seed: Decides which.
-    max_pairs: Use only the first so many pairs of `train`; None for all.
-    tokenizer: A Hugging Face folder, a tokenizer.json, or a SentencePiece
-      .model.
-    bos_token: Text of the token that begins a sequence, if not the tokenizer's.
-    eos_token: Text of the token that ends a sequence, if not the tokenizer's.
-    add_bos: Whether prompts begin with BOS; None to do as the tokenizer does.
-    chat_template: Jinja template, path of one, or "chatml", if not the
-      tokenizer's.
-    max_length: Tokens of prompt and longer answer; None: only the row limits
-      them.
-    max_answer_length: Tokens of an answer with its EOS; None for no such limit.
-    on_bad_row: "skip" (counted and reported) or "raise".
-    on_long_answer: "drop" the pair (counted and reported), "truncate" the
-      answer (which then has no EOS), or "raise".
-    cache_dir: Where tokenised data is kept for the next start; None to not keep
-      it.
-  """
-
-  train: str | tuple[str, ...]
-  tokenizer: str
-  eval: str | tuple[str, ...] | None = None
-  num_eval_pairs: int = 0
-  holdout_seed: int = 0
-  max_pairs: int | None = None
-  bos_token: str | None = None
-  eos_token: str | None = None
-  add_bos: bool | None = None
-  chat_template: str | None = None
-  max_length: int | None = None
-  max_answer_length: int | None = None
-  on_bad_row: str = "skip"
-  on_long_answer: str = tokenization.DROP
-  cache_dir: str | None = None
-
-  def __post_init__(self):
-    for name in ("train", "tokenizer"):
-      if not getattr(self, name):
-        raise ValueError(f"data.{name} must name a file, got nothing.")
-    for name in ("num_eval_pairs", "holdout_seed"):
-      if getattr(self, name) < 0:
-        raise ValueError(
-          f"data.{name} must not be negative, got {getattr(self, name)}."
-        )
-    if self.eval is not None and self.num_eval_pairs:
-      raise ValueError(
-        "data.num_eval_pairs holds pairs out of data.train, which is of no use "
-        "with data.eval; set one of them."
-      )
-    for name, least in (
-      ("max_pairs", 1),
-      ("max_length", 2),
-      ("max_answer_length", 1),
-    ):
-      value = getattr(self, name)
-      if value is not None and value < least:
-        raise ValueError(
-          f"data.{name} must be at least {least}, or None, got {value}."
-        )
-    for name, choices in (
-      ("on_bad_row", ("skip", "raise")),
-      ("on_long_answer", ("drop", "truncate", "raise")),
-    ):
-      if getattr(self, name) not in choices:
-        raise ValueError(
-          f"data.{name} must be one of {', '.join(choices)}, got "
-          f"{getattr(self, name)!r}."
-        )
 
 
 class TokenPairs:
@@ -207,6 +130,11 @@ def load(config: DataConfig, *, is_sft: bool, row_length: int) -> Loaded:
   """
   if row_length < 2:
     raise ValueError(f"A row must hold at least 2 tokens, got {row_length}.")
+  if config.supervised_turns != "last" and not is_sft:
+    raise ValueError(
+      f"data.supervised_turns = {config.supervised_turns!r} is for supervised "
+      "data; pairs are scored in their last turn, so leave it out."
+    )
   paths = {"train": _resolve("train", config.train)}
   if config.eval is not None:
     paths["eval"] = _resolve("eval", config.eval)
@@ -225,7 +153,7 @@ def load(config: DataConfig, *, is_sft: bool, row_length: int) -> Loaded:
     )
     return _log(build())
   key = _key(config, paths, is_sft, row_length)
-  return _log(_load_or_build(pathlib.Path(config.cache_dir) / key, build))
+  return _log(_load_or_build(epath.Path(config.cache_dir) / key, build))
 
 
 def _resolve(name, paths):
@@ -256,7 +184,7 @@ def _key(config, paths, is_sft, row_length):
           path,
           ""
           if path.startswith(sources.HUB_PREFIX)
-          else kept_folders.digest(path),
+          else kept_folders.version(path),
         )
         for path in names
       ]
@@ -275,7 +203,7 @@ def _load_or_build(entry, build):
       loaded.eval.save(draft / "eval")
     (draft / _REPORT).write_text(json.dumps(loaded.report, indent=2))
 
-  is_cached = kept_folders.make(entry, write)
+  entry, is_cached = kept_folders.keep(entry, write)
   try:
     report = json.loads((entry / _REPORT).read_text())
     return Loaded(
@@ -310,6 +238,7 @@ def _build(config, paths, is_sft, row_length):
       name=name,
       tokenizer=tokenizer,
       is_sft=is_sft,
+      supervised_turns=config.supervised_turns,
       add_bos=config.add_bos,
       limits=limits,
       skips_bad_rows=config.on_bad_row == "skip",

@@ -1,12 +1,11 @@
 """Tokenizers of Hugging Face folders."""
 
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from dpop_jax.data import tokenizers
+from dpop_jax.data import tokenizer_folders, tokenizers
 
 # The usual names, for a tokenizer.json with nothing beside it that names them.
 _EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
@@ -25,8 +24,16 @@ class HuggingFaceTokenizer(tokenizers.Tokenizer):
     chat_template: str | None,
   ):
     self.name = path
-    self._tokenizer: Any = _load_hugging_face(path)
+    settings = tokenizer_folders.read(pathlib.Path(path))
+    self._tokenizer: Any = _load_hugging_face(path, settings)
     vocabulary = self._tokenizer.get_vocab()
+    for token in settings.added_tokens:
+      index = vocabulary.get(token.text, token.index)
+      if index != token.index:
+        raise ValueError(
+          f"data.tokenizer {path} says that {token.text!r} has the id "
+          f"{token.index}, but it is loaded as {index}; make its files agree."
+        )
     special = self._tokenizer.get_added_vocab()
     eos_token = (
       eos_token
@@ -46,9 +53,14 @@ class HuggingFaceTokenizer(tokenizers.Tokenizer):
     if self.bos_id is not None:
       self._tokenizer.bos_token = self.bos_token
     self.vocab_size = max(vocabulary.values()) + 1
+    self.text_vocab_size = 1 + max(
+      (i for token, i in vocabulary.items() if token not in special), default=-1
+    )
     beginning = self._tokenizer("a")["input_ids"][:1]
     self.adds_bos = is_bos_given or beginning == [self.bos_id]
-    self.chat_template = chat_template or _own_template(self._tokenizer)
+    self.chat_template = chat_template or settings.chat_template
+    self.num_templates = settings.num_templates
+    self.special_tokens = dict(self._tokenizer.special_tokens_map)
 
   def encode_all(self, texts: Sequence[str]) -> list[tokenizers.Ids]:
     if not texts:
@@ -72,43 +84,30 @@ class HuggingFaceTokenizer(tokenizers.Tokenizer):
     return self._tokenizer.unk_token_id
 
 
-def _load_hugging_face(path):
+def _load_hugging_face(path, settings):
   # Else it says at every start that PyTorch, which nobody needs, is missing.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 
   root = pathlib.Path(path)
   try:
-    if root.is_dir() and (root / "tokenizer_config.json").is_file():
+    if root.is_dir() and not (
+      (root / "tokenizer.json").is_file()
+      and not (root / "tokenizer_config.json").is_file()
+    ):
       return transformers.AutoTokenizer.from_pretrained(
-        path, local_files_only=True
+        path,
+        local_files_only=True,
+        # Else it asks whoever sits at the terminal.
+        trust_remote_code=False,
       )
     file = root / "tokenizer.json" if root.is_dir() else root
-    special = {}
-    if root.is_dir() and (root / "special_tokens_map.json").is_file():
-      text = (root / "special_tokens_map.json").read_text(encoding="utf-8")
-      special = json.loads(text)
+    tokens = {key: text for key, text in settings.tokens.items() if text}
     return transformers.PreTrainedTokenizerFast(
-      tokenizer_file=str(file), **_token_texts(special)
+      tokenizer_file=str(file), **tokens
     )
   # A broken tokenizer.json is a bare Exception of the Rust library.
   except Exception as error:
     raise ValueError(
       f"data.tokenizer {path} cannot be read: {' '.join(str(error).split())}"
     ) from error
-
-
-def _token_texts(special: dict[str, Any]) -> dict[str, str]:
-  texts = {
-    key: token["content"] if isinstance(token, dict) else token
-    for key, token in special.items()
-  }
-  return {k: texts[k] for k in ("bos_token", "eos_token") if texts.get(k)}
-
-
-def _own_template(tokenizer):
-  try:
-    return tokenizer.get_chat_template()
-  # No template, or several of which none is the default.
-  except ValueError:
-    return None

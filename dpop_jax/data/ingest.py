@@ -15,12 +15,20 @@ _ROWS_PER_CHUNK = 512
 _MAX_EXAMPLES_IN_SENTENCE = 5
 
 
+_PARSERS = {
+  "pair": lambda value: [preferences.parse_preference(value)],
+  "last": lambda value: [preferences.parse_supervised(value)],
+  "all": preferences.parse_supervised_turns,
+}
+
+
 class Ingestion:
   """Reads one set; afterwards knows what became of its rows.
 
   Attributes:
     prompt_keys: One integer per pair; equal for pairs of the same prompt, also
-      if it was cut differently. Rows without a prompt have one of their own.
+      if it was cut differently, and for those of one row. Rows without a prompt
+      have one of their own.
   """
 
   def __init__(
@@ -29,6 +37,7 @@ class Ingestion:
     name: str,
     tokenizer: tokenizers.Tokenizer,
     is_sft: bool,
+    supervised_turns: str,
     add_bos: bool | None,
     limits: tokenization.Limits,
     skips_bad_rows: bool,
@@ -38,9 +47,7 @@ class Ingestion:
     self.prompt_keys: list[int] = []
     self._name = name
     self._tokenizer = tokenizer
-    self._parse = (
-      preferences.parse_supervised if is_sft else preferences.parse_preference
-    )
+    self._parse = _PARSERS[supervised_turns if is_sft else "pair"]
     self._add_bos = add_bos
     self._limits = limits
     self._skips_bad_rows = skips_bad_rows
@@ -98,24 +105,54 @@ class Ingestion:
 
   def _pairs_of_chunk(self, rows):
     parsed = [self._parse_row(row) for row in rows]
-    encoded = tokenization.encode(
-      parsed, self._tokenizer, add_bos=self._add_bos
+    encoded = iter(
+      tokenization.encode(
+        list(itertools.chain.from_iterable(parsed)),
+        self._tokenizer,
+        add_bos=self._add_bos,
+      )
     )
-    for row, item in zip(rows, encoded, strict=True):
+    for row, examples in zip(rows, parsed, strict=True):
       self._num_rows += 1
+      of_row = list(itertools.islice(encoded, len(examples)))
+      yield from self._pairs_of_row(row, of_row)
+      if len(self.prompt_keys) == self._max_pairs:
+        return
+
+  def _pairs_of_row(self, row, encoded):
+    """Pairs of a row that fit; a row with one unusable turn has none."""
+    try:
+      fitted = self._fit_row(row, encoded)
+    except preferences.BadRow as problem:
+      if not self._skips_bad_rows:
+        raise ValueError(
+          f'{row.place}: {problem}. With data.on_bad_row = "skip" such rows '
+          "are counted and left out."
+        ) from problem
+      self._bad_rows[problem.reason] += 1
+      self._remember(row, problem)
+      return
+    if not fitted:
+      return
+    # Turns of a conversation hold each other's text, so they stay together.
+    key = self._prompt_key(encoded[0])
+    for each in fitted:
+      self._num_truncated += each.is_truncated
+      self._num_cut_prompts += each.num_cut > 0
+      self._num_cut_tokens += each.num_cut
+      self.prompt_keys.append(key)
+      yield each.pair
+      if len(self.prompt_keys) == self._max_pairs:
+        return
+
+  def _fit_row(self, row, encoded):
+    for item in encoded:
+      if isinstance(item, preferences.BadRow):
+        raise item
+    fitted, too_long = [], []
+    for item in encoded:
       try:
-        if isinstance(item, preferences.BadRow):
-          raise item
-        fitted = tokenization.fit(item, self._limits)
-      except preferences.BadRow as problem:
-        if not self._skips_bad_rows:
-          raise ValueError(
-            f'{row.place}: {problem}. With data.on_bad_row = "skip" such rows '
-            "are counted and left out."
-          ) from problem
-        self._bad_rows[problem.reason] += 1
-        self._remember(row, problem)
-        continue
+        fitted.append(tokenization.fit(item, self._limits))
       except tokenization.TooLong as problem:
         if self._limits.on_long_answer == tokenization.RAISE:
           raise ValueError(
@@ -123,24 +160,19 @@ class Ingestion:
             "data.max_answer_length, the length of a row), or set "
             'data.on_long_answer to "drop" or "truncate".'
           ) from problem
-        self._num_dropped += 1
-        self._remember(row, problem)
-        continue
-      self._num_truncated += fitted.is_truncated
-      self._num_cut_prompts += fitted.num_cut > 0
-      self._num_cut_tokens += fitted.num_cut
-      self.prompt_keys.append(self._prompt_key(item))
-      yield fitted.pair
-      if len(self.prompt_keys) == self._max_pairs:
-        return
+        too_long.append(problem)
+    self._num_dropped += len(too_long)
+    for problem in too_long:
+      self._remember(row, problem)
+    return fitted
 
   def _parse_row(self, row):
     if row.problem:
-      return preferences.BadRow("unreadable", row.problem)
+      return [preferences.BadRow("unreadable", row.problem)]
     try:
       return self._parse(row.value)
     except preferences.BadRow as problem:
-      return problem
+      return [problem]
 
   def _prompt_key(self, encoded):
     if len(encoded.prompt) == encoded.has_bos:

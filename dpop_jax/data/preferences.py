@@ -14,6 +14,10 @@ and supervised rows as any of these without `rejected`, or as
   {"prompt": "2+2", "completion": " = 4"}     also `answer` or `response`
   {"messages": [message, ...]}                also `conversations`
 
+The assistant's last turn is the answer, and what goes before it the prompt.
+Only answers are scored, so a pair whose answers are several turns, with turns
+of the user in between, is refused.
+
 A message is {"role": "user", "content": "Hi"} or {"from": "human", "value":
 "Hi"}; a list with one message may be written as its text or without the list.
 """
@@ -110,7 +114,43 @@ def parse_supervised(value: Any) -> Example:
   Raises:
     BadRow: If the row is in none of the layouts above, or the answer is empty.
   """
+  return _supervised(_as_row(value))
+
+
+def parse_supervised_turns(value: Any) -> list[Example]:
+  """One row of supervised data; each of the assistant's turns is an answer.
+
+    messages    user 1, assistant 1, user 2, assistant 2, user 3
+    examples    user 1 -> assistant 1
+                user 1, assistant 1, user 2 -> assistant 2
+
+  Turns of `messages` or `conversations` only; rows that say by themselves where
+  the answer begins give one example, as by `parse_supervised`. The first turn
+  of a conversation has nothing before it to be predicted from.
+
+  Raises:
+    BadRow: As `parse_supervised`, or if one of the answers is empty.
+  """
   row = _as_row(value)
+  key = _conversation_key(row)
+  if key is None or not isinstance(row[key], list):
+    return [_supervised(row)]
+  turns = _add_system(_conversation(row[key], key), row)
+  examples = [
+    Example(turns[:i], turn["content"], None)
+    for i, turn in enumerate(turns)
+    if turn["role"] == "assistant" and i
+  ]
+  if not examples:
+    raise BadRow(
+      "no answer", f"`{key}` has no turn of the assistant behind another turn"
+    )
+  for example in examples:
+    _check_answer(example.chosen, key)
+  return examples
+
+
+def _supervised(row):
   for prompt_key, chosen_key, _ in _ID_KEYS:
     if chosen_key in row:
       example = Example(_ids(row, prompt_key), _ids(row, chosen_key), None)
@@ -122,16 +162,28 @@ def parse_supervised(value: Any) -> Example:
       prompt, answer = _split(_prompt_of(row), row[key], key)
       break
   else:
-    key = next((k for k in ("messages", "conversations") if k in row), None)
+    key = _conversation_key(row)
     if key is None:
       raise BadRow(
         "missing key",
         "supervised rows have `prompt` and `completion`, or `messages`; this "
         f"one has {_key_names(row)}",
       )
-    prompt, answer = _split(None, row[key], key)
+    turns = row[key]
+    if isinstance(turns, list):
+      turns = _add_system(_conversation(turns, key), row)
+    prompt, answer = _split(None, turns, key)
   _check_answer(answer, key)
   return Example(prompt, answer, None)
+
+
+def _conversation_key(row):
+  """Of a conversation whose end is the answer; None if there is none."""
+  if any(key in row for pair in _ID_KEYS for key in pair[1:]) or any(
+    key in row for key in _COMPLETION_KEYS
+  ):
+    return None
+  return next((k for k in ("messages", "conversations") if k in row), None)
 
 
 def _as_row(value):
@@ -182,15 +234,23 @@ def _prompt_of(row):
     prompt = _text(prompt, key)
   elif prompt is not None:
     prompt = _conversation(prompt, key)
+  return _add_system(prompt, row)
+
+
+def _add_system(prompt, row):
+  """The prompt with the row's `system`, if it has one, as its first turn."""
   system = row.get("system")
-  if system:
-    if not isinstance(prompt, list) or prompt[0]["role"] == "system":
-      raise BadRow(
-        "misplaced system",
-        "`system` goes with a prompt of messages that has no system turn",
-      )
-    prompt.insert(0, {"role": "system", "content": _text(system, "system")})
-  return prompt
+  if not system:
+    return prompt
+  turn = {"role": "system", "content": _text(system, "system")}
+  if isinstance(prompt, list) and prompt[0] == turn:
+    return prompt
+  if not isinstance(prompt, list) or prompt[0]["role"] == "system":
+    raise BadRow(
+      "misplaced system",
+      "`system` goes with a prompt of messages that has no system turn",
+    )
+  return [turn, *prompt]
 
 
 def _split(prompt, answer, key):
@@ -207,21 +267,27 @@ def _split(prompt, answer, key):
   if isinstance(prompt, str):
     if not before:
       before = [{"role": "user", "content": prompt}]
+    elif before[0]["role"] == "assistant":
+      raise _several_turns(key)
     elif all(turn["content"] != prompt for turn in before):
       raise BadRow("different prompts", f"`prompt` is not a turn of `{key}`")
   elif prompt is not None:
     if before and before != prompt:
-      raise BadRow(
-        "several turns",
-        f"`{key}` should be one turn of the assistant, alone or behind all of "
-        "`prompt`",
-      )
+      raise _several_turns(key)
     before = prompt
   if not before:
     raise BadRow(
       "missing key", f"`{key}` is one turn, and there is no `prompt`"
     )
   return before, last["content"]
+
+
+def _several_turns(key):
+  return BadRow(
+    "several turns",
+    f"`{key}` should be one turn of the assistant, alone or behind all of "
+    "`prompt`, for what the user says is not scored",
+  )
 
 
 def _split_dialogue(text, key):

@@ -4,11 +4,15 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from dpop_jax.data import tokenizers
+from dpop_jax.data import tokenizer_folders, tokenizers
 
 
 class SentencePieceTokenizer(tokenizers.Tokenizer):
-  """A SentencePiece model; sequences begin with BOS if the model has one."""
+  """A SentencePiece model, and tokens that a Hugging Face folder adds to it.
+
+  Text between special tokens is encoded by SentencePiece. Sequences begin with
+  BOS if there is one and the folder does not say otherwise.
+  """
 
   def __init__(
     self,
@@ -27,32 +31,58 @@ class SentencePieceTokenizer(tokenizers.Tokenizer):
       self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (RuntimeError, OSError) as error:
       raise ValueError(
-        f"data.tokenizer {file} is not a SentencePiece model."
+        f"data.tokenizer {file} is not a SentencePiece model; if it is one of "
+        "tiktoken, as Llama 3's, give a folder with tokenizer.json."
       ) from error
     model = self._model
-    self.vocab_size = model.vocab_size()
+    self.text_vocab_size = model.vocab_size()
+    settings = tokenizer_folders.read(pathlib.Path(path))
+    added = {token.text: token for token in settings.added_tokens}
+    self.vocab_size = max(
+      model.vocab_size(), *(token.index + 1 for token in added.values()), 0
+    )
 
     def find(piece):
+      if piece in added:
+        return added[piece].index
       index = model.piece_to_id(piece)
       return index if model.id_to_piece(index) == piece else None
 
     def piece(index):
       return model.id_to_piece(index) if index >= 0 else None
 
-    self._set_eos(eos_token or piece(model.eos_id()), find)
-    self._set_bos(bos_token or piece(model.bos_id()), find)
-    self.adds_bos = self.bos_id is not None
-    self.chat_template = chat_template
+    tokens = settings.tokens
+    self._set_eos(
+      eos_token or tokens.get("eos_token") or piece(model.eos_id()), find
+    )
+    own_bos = tokens.get("bos_token", piece(model.bos_id()))
+    self._set_bos(bos_token or own_bos, find)
+    self.adds_bos = self.bos_id is not None and (
+      bos_token is not None or settings.adds_bos is not False
+    )
+    self.chat_template = chat_template or settings.chat_template
+    self.num_templates = settings.num_templates
+    self.special_tokens = {key: text for key, text in tokens.items() if text}
+    names = [self.eos_token, *self.special_tokens.values(), *added]
+    names += [self.bos_token] if self.bos_token else []
     self._special = {
       model.id_to_piece(i): i
-      for i in range(self.vocab_size)
+      for i in range(model.vocab_size())
       if model.is_control(i)
     }
-    self._special[self.eos_token] = self.eos_id
-    if self.bos_id is not None:
-      self._special[self.bos_token] = self.bos_id
+    self._special |= {
+      name: index for name in names if (index := find(name)) is not None
+    }
+    self._takes_space_before = {
+      text for text, token in added.items() if token.takes_space_before
+    }
+    self._takes_space_behind = {
+      text for text, token in added.items() if token.takes_space_behind
+    }
+    # Of two that begin alike, the longer one is meant.
+    longest_first = sorted(self._special, key=len, reverse=True)
     self._special_pattern = re.compile(
-      "(" + "|".join(map(re.escape, self._special)) + ")"
+      "(" + "|".join(map(re.escape, longest_first)) + ")"
     )
 
   def encode_all(self, texts: Sequence[str]) -> list[tokenizers.Ids]:
@@ -83,8 +113,15 @@ class SentencePieceTokenizer(tokenizers.Tokenizer):
 
   def _encode_with_special(self, text):
     ids = []
-    for part in self._special_pattern.split(text):
-      if part in self._special:
+    # Every other part is a special token.
+    parts = self._special_pattern.split(text)
+    for i in range(1, len(parts), 2):
+      if parts[i] in self._takes_space_before:
+        parts[i - 1] = parts[i - 1].rstrip()
+      if parts[i] in self._takes_space_behind:
+        parts[i + 1] = parts[i + 1].lstrip()
+    for i, part in enumerate(parts):
+      if i % 2:
         ids.append(self._special[part])
       elif part and ids in ([], [self.bos_id]):
         ids.extend(self._model.encode(part))

@@ -35,7 +35,7 @@ from dpop_jax import pairs
 from dpop_jax.data import preferences, tokenizers
 
 # Of the rule above and everything below; goes into the key of cached tokens.
-VERSION = 1
+VERSION = 2
 
 DROP, TRUNCATE, RAISE = "drop", "truncate", "raise"
 Example = preferences.Example

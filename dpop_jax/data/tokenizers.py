@@ -9,7 +9,8 @@ import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
-from dpop_jax.data import chat_templates
+from dpop_jax import paths
+from dpop_jax.data import chat_templates, kept_folders
 
 Ids = list[int]
 
@@ -27,6 +28,9 @@ _FILES = (
   "vocab.json",
   "vocab.txt",
 )
+_TEMPLATES = "additional_chat_templates"
+# Of which there must be one.
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
 # In front of an answer, to encode it as a continuation. The first is a private
 # character, which no merge of a vocabulary knows.
 _SENTINELS = ("\ue000", "\n", "=", "|", ";", "0", "a")
@@ -38,19 +42,61 @@ def files(path: str) -> tuple[pathlib.Path, ...]:
   Raises:
     FileNotFoundError: If `path` is no tokenizer.
   """
-  root = pathlib.Path(path)
+  root = _on_this_machine(path)
   if root.is_file():
     return (root,)
   found = tuple(root / name for name in _FILES if (root / name).is_file())
-  if not {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} & {
-    file.name for file in found
-  }:
+  if not _VOCABULARIES & {file.name for file in found}:
     raise FileNotFoundError(
       "data.tokenizer should be a Hugging Face folder with tokenizer.json, "
-      "such a file, or a SentencePiece .model file on this machine; there is "
-      f"none at {path!r}."
+      "such a file, or a SentencePiece .model file; there is none at "
+      f"{path!r}."
     )
   return found
+
+
+def export_files(path: str) -> dict[str, pathlib.Path]:
+  """The files that a copy of the tokenizer at `path` needs.
+
+  Args:
+    path: As for `load`.
+
+  Returns:
+    Each file by the name that it has in a Hugging Face folder, so that of a
+    file is tokenizer.model or tokenizer.json. A model's config.json is not
+    among them.
+
+  Raises:
+    FileNotFoundError: If `path` is no tokenizer.
+  """
+  found = files(path)
+  root = _on_this_machine(path)
+  if root.is_file():
+    is_sentencepiece = path.endswith(".model")
+    return {"tokenizer.model" if is_sentencepiece else "tokenizer.json": root}
+  templates = sorted((root / _TEMPLATES).glob("*.jinja"))
+  return {
+    file.relative_to(root).as_posix(): file
+    for file in (*found, *templates)
+    if file.name != "config.json"
+  }
+
+
+@functools.cache
+def _copied(path: str) -> pathlib.Path:
+  """Of a remote file or folder: that which is copied to this machine."""
+  root = paths.of(path)
+  if root.is_file():
+    return kept_folders.copy_of([root.name], root.parent) / root.name
+  prefix = f"{path.rstrip('/')}/"
+  names = (file.removeprefix(prefix) for file in paths.files_below(path))
+  wanted = (n for n in names if n in _FILES or n.startswith(_TEMPLATES))
+  return kept_folders.copy_of(sorted(wanted), root)
+
+
+def _on_this_machine(path: str) -> pathlib.Path:
+  # Libraries of C read files of the system.
+  return _copied(path) if paths.is_remote(path) else pathlib.Path(path)
 
 
 def load(
@@ -60,11 +106,16 @@ def load(
   eos_token: str | None = None,
   chat_template: str | None = None,
 ) -> "Tokenizer":
-  """Loads a tokenizer from this machine; nothing is fetched.
+  """Loads a tokenizer; nothing is fetched from the hub.
+
+  SentencePiece itself reads a tokenizer.model that has no tokenizer.json beside
+  it, for what `transformers` makes of one gives other ids for many texts; the
+  special tokens, BOS and the chat template are those of the folder's other
+  files. `transformers` reads everything else.
 
   Args:
     path: A Hugging Face folder, a tokenizer.json, or a SentencePiece .model
-      file.
+      file; of what is in a bucket, a copy on this machine is used.
     bos_token: Text of the token that begins a sequence, instead of its own.
     eos_token: Text of the token that ends a sequence, instead of its own.
     chat_template: A Jinja template, instead of the tokenizer's own: its text,
@@ -77,9 +128,7 @@ def load(
   """
   names = {file.name for file in files(path)}
   is_sentencepiece = path.endswith(".model") or (
-    not names & {"tokenizer.json", "tokenizer_config.json"}
-    and "tokenizer.model" in names
-    and pathlib.Path(path).is_dir()
+    "tokenizer.model" in names and "tokenizer.json" not in names
   )
   # Both import this module, for what they have in common.
   if is_sentencepiece:
@@ -90,12 +139,14 @@ def load(
     from dpop_jax.data import hugging_face_tokenizer
 
     kind = hugging_face_tokenizer.HuggingFaceTokenizer
-  return kind(
-    path,
+  tokenizer = kind(
+    str(_on_this_machine(path)),
     bos_token=bos_token,
     eos_token=eos_token,
     chat_template=chat_templates.read(chat_template),
   )
+  tokenizer.name = path
+  return tokenizer
 
 
 class Tokenizer(abc.ABC):
@@ -104,22 +155,31 @@ class Tokenizer(abc.ABC):
   Attributes:
     name: Where it was loaded from.
     vocab_size: One more than the largest id.
+    text_vocab_size: The same without tokens that were added to the vocabulary,
+      which are of special use.
     bos_id: Begins a sequence; None if there is no such token.
     eos_id: Ends a sequence.
     bos_token: Text of `bos_id`, "" if None.
     eos_token: Text of `eos_id`.
     adds_bos: Whether sequences begin with BOS unless the user says otherwise.
     chat_template: Jinja text, or None.
+    special_tokens: Text of special tokens for templates, by the names they have
+      there.
+    num_templates: How many templates it has of its own, none of which need be
+      the default.
   """
 
   name: str
   vocab_size: int
+  text_vocab_size: int
   bos_id: int | None
   eos_id: int
   bos_token: str
   eos_token: str
   adds_bos: bool
   chat_template: str | None
+  special_tokens: dict[str, str] = {}
+  num_templates: int = 0
 
   @abc.abstractmethod
   def encode_all(self, texts: Sequence[str]) -> list[Ids]:
@@ -172,6 +232,11 @@ class Tokenizer(abc.ABC):
     Raises:
       ValueError: If there is no template, or it refuses the conversation.
     """
+    if self.chat_template is None and self.num_templates:
+      raise ValueError(
+        f"None of the chat templates of {self.name} is the default; write the "
+        "one to use into a file and name that in data.chat_template."
+      )
     if self.chat_template is None:
       raise ValueError(
         f"The tokenizer {self.name} has no chat template to write messages "
@@ -181,8 +246,8 @@ class Tokenizer(abc.ABC):
       self.chat_template,
       messages,
       add_generation_prompt=add_generation_prompt,
-      bos_token=self.bos_token,
-      eos_token=self.eos_token,
+      special_tokens=self.special_tokens
+      | {"bos_token": self.bos_token, "eos_token": self.eos_token},
     )
 
   def _set_eos(self, token: str | None, find: Callable[[str], int | None]):
