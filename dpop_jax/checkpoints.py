@@ -25,6 +25,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from dpop_jax import paths
+
 PyTree = Any  # Of jax.Array, or of jax.ShapeDtypeStruct where it is abstract.
 
 FOLDER = "checkpoints"
@@ -67,19 +69,24 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: str, config: CheckpointConfig):
-    """Opens `workdir`/checkpoints, which is made if it is not there."""
+    """Opens `workdir`/checkpoints, which is made if it is not there.
+
+    Raises:
+      OSError: It is in a bucket that refuses.
+    """
     _quiet_orbax()
     self._save_every_steps = config.save_every_steps
     policies = ocp.training.preservation_policies
     context = ocp.Context()
     # In the background a folder that cannot be made costs five minutes.
     context.asynchronous.create_directories_asynchronously = False
-    self._checkpointer = ocp.training.Checkpointer(
-      epath.Path(workdir).resolve() / FOLDER,
-      context=context,
-      preservation_policy=policies.LatestN(config.keep),
-      cleanup_tmp_directories=True,
-    )
+    with paths.explained(workdir):
+      self._checkpointer = ocp.training.Checkpointer(
+        paths.absolute(workdir) / FOLDER,
+        context=context,
+        preservation_policy=policies.LatestN(config.keep),
+        cleanup_tmp_directories=True,
+      )
     self._under_way: ocp.AsyncResponse[bool] | None = None
 
   def __enter__(self) -> "Checkpoints":
@@ -169,13 +176,14 @@ def newest(path: str) -> str | None:
   It is absolute if `path` is. Folders of saves that were never finished do not
   count.
   """
-  root = epath.Path(path)
+  root = paths.of(path)
   if (root / PARAMS).exists():
     return path
   folder = root / FOLDER if (root / FOLDER).exists() else root
   if not folder.exists():
     return None
-  steps = list(ocp.path.step.standard_name_format().find_all(folder))
+  with paths.explained(path):
+    steps = list(ocp.path.step.standard_name_format().find_all(folder))
   if not steps:
     return None
   return str(max(steps, key=lambda found: found.step).path)
@@ -200,9 +208,18 @@ def load_params(path: str, abstract_params: PyTree) -> PyTree:
       f"There is no complete checkpoint in {path}; expected a workdir, its "
       f"{FOLDER} folder or the folder of one step."
     )
-  directory = epath.Path(folder).resolve()
+  directory = paths.absolute(folder)
   _check_fits(directory, PARAMS, abstract_params, may_cast=True)
   return ocp.load_checkpointables(directory, {PARAMS: abstract_params})[PARAMS]
+
+
+def save_params(workdir: str, params: PyTree) -> None:
+  """Saves parameters alone, as step 0 of a folder that holds no steps yet."""
+  _quiet_orbax()
+  with paths.explained(workdir):
+    ocp.save_checkpointables(
+      paths.absolute(workdir) / FOLDER / "0", {PARAMS: params}
+    )
 
 
 class Preemption:

@@ -2,15 +2,21 @@
 
 import json
 import math
+import os
 import pathlib
+import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from dpop_jax import atomic_files
+from dpop_jax import atomic_files, paths
 
 FILE_NAME = "metrics.jsonl"
+_TENSORBOARD = "tensorboard"
+_UPLOAD_EVERY_SECONDS = 30.0
 STEP, SPLIT = "step", "split"
 _NON_FINITE = ("nan", "inf", "-inf")
 
@@ -25,7 +31,9 @@ class MetricWriter:
   JSON has no numbers that are not finite, so these are the strings "nan", "inf"
   and "-inf"; `read_metrics` returns them as floats. In TensorBoard the same
   value is at "train/loss". A line outlives the process as soon as `write`
-  returns; TensorBoard follows within a second or so.
+  returns; TensorBoard follows within a second or so. Nothing can be appended to
+  what is in a bucket: there, both are written again as a whole every half a
+  minute, by `flush` and by `close`.
 
   A context manager. All processes may hold one; only the primary one writes.
   """
@@ -36,34 +44,39 @@ class MetricWriter:
     """Opens the files, and removes what the resumed run will write again.
 
     Args:
-      workdir: The folder of the run on a file system; made if not there.
+      workdir: The folder of the run; made if not there.
       resume_step: The step of the checkpoint the run continues from: later
         lines are removed, those of the step itself stay. None is a run from the
         beginning: all lines are removed.
       is_primary: Whether this process writes, `jax.process_index() == 0`.
 
     Raises:
-      ValueError: `workdir` is a URL, or its metrics.jsonl is damaged.
+      ValueError: The metrics.jsonl in `workdir` is damaged.
     """
     self._lines = None
     self._tensorboard = None
+    self._workdir = paths.of(workdir)
+    self._draft = None
     if not is_primary:
       return
-    if "://" in workdir:
-      raise ValueError(
-        f"Metrics are appended to files, which {workdir} does not allow; mount "
-        "the bucket, or use a workdir on a file system."
-      )
-    path = pathlib.Path(workdir) / FILE_NAME
     # Steps that are run again would appear twice in every curve.
     first_new_step = 0 if resume_step is None else resume_step + 1
-    _keep_steps_before(first_new_step, path)
+    _keep_steps_before(first_new_step, self._workdir / FILE_NAME)
     import tensorboardX  # noqa: PLC0415 (used by nobody who only reads)
 
+    if paths.is_remote(workdir):
+      self._draft = tempfile.TemporaryDirectory(prefix="dpop_jax_metrics_")
+      self._folder = pathlib.Path(self._draft.name)
+      paths.copy_files([FILE_NAME], self._workdir, self._folder)
+      self._uploaded_at = time.monotonic()
+    else:
+      self._folder = pathlib.Path(self._workdir)
     # Unbuffered, so that each line reaches the system in one piece and at once.
-    self._lines = path.open("ab", buffering=0)
+    self._lines = (self._folder / FILE_NAME).open("ab", buffering=0)
     self._tensorboard = tensorboardX.SummaryWriter(
-      str(path.parent / "tensorboard"), purge_step=first_new_step, flush_secs=1
+      str(self._folder / _TENSORBOARD),
+      purge_step=first_new_step,
+      flush_secs=1,
     )
 
   def __enter__(self) -> "MetricWriter":
@@ -95,16 +108,41 @@ class MetricWriter:
     self._lines.write(json.dumps(record, allow_nan=False).encode() + b"\n")
     for name, value in scalars.items():
       self._tensorboard.add_scalar(f"{split}/{name}", value, global_step=step)
+    if self._draft is not None:
+      if time.monotonic() - self._uploaded_at >= _UPLOAD_EVERY_SECONDS:
+        self.flush()
+
+  def flush(self) -> None:
+    """Makes what was written outlive the process in a bucket as well.
+
+    Before a checkpoint, so that a run that continues from it lacks no line.
+
+    Raises:
+      OSError: The bucket refuses, or cannot be reached.
+    """
+    if self._lines is not None and self._draft is not None:
+      self._tensorboard.flush()
+      self._upload()
 
   def close(self) -> None:
     """Writes what TensorBoard still has in memory, and closes the files."""
-    if self._lines is not None:
-      self._lines.close()
-      self._tensorboard.close()
-      self._lines = None
+    if self._lines is None:
+      return
+    self._lines.close()
+    self._tensorboard.close()
+    self._lines = None
+    if self._draft is not None:
+      with self._draft:
+        self._upload()
+
+  def _upload(self):
+    files = paths.files_below(self._folder)
+    names = [os.path.relpath(file, self._folder) for file in files]
+    paths.copy_files(names, self._folder, self._workdir)
+    self._uploaded_at = time.monotonic()
 
 
-def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
   """The lines of a metrics.jsonl as dicts, in the order written.
 
   A last line that a killed process left torn is dropped.
@@ -115,7 +153,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
   Raises:
     ValueError: There is no such file, or a line is not such a record.
   """
-  path = pathlib.Path(path)
+  path = paths.of(path)
   path = path / FILE_NAME if path.is_dir() else path
   if not path.exists():
     raise ValueError(f"There are no metrics at {path}.")
@@ -137,7 +175,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-def _keep_steps_before(first_new_step: int, path: pathlib.Path) -> None:
+def _keep_steps_before(first_new_step: int, path: epath.Path) -> None:
   """Rewrites the file with the complete lines of earlier steps only."""
   records = read_metrics(path) if path.exists() else []
   kept = [record for record in records if record[STEP] < first_new_step]

@@ -1,8 +1,10 @@
 """Makes silent mistakes loud, and gives every test eight devices."""
 
+import importlib.util
 import os
 import pathlib
 
+import gcs_emulator
 import hypothesis
 import jax
 import pytest
@@ -43,3 +45,27 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     raise ValueError(f"DPOP_SHARED_DATA should be a folder, got {folder!r}.")
   return path
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory):
+  """A `gcs_emulator.Emulator` that gs:// leads to; skips without gcsfs."""
+  if importlib.util.find_spec("gcsfs") is None:
+    pytest.skip("needs gcsfs: pip install 'dpop_jax[gcs]'")
+  with (
+    gcs_emulator.Emulator() as emulator,
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    # Of gcsfs and google-cloud-storage, and of TensorStore.
+    patch.setenv("STORAGE_EMULATOR_HOST", emulator.url)
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", emulator.url)
+    # Whoever runs the tests may be logged in, and need not be asked.
+    patch.setenv("FSSPEC_GCS_TOKEN", "anon")
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+    # This asks by gRPC what kind of bucket it is.
+    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    import fsspec.config
+
+    patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+    yield emulator

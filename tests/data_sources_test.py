@@ -62,6 +62,36 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix, is_gzipped):
   assert rows[1].place == f"{path} row 2"
 
 
+@pytest.mark.parametrize("is_gzipped", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_gives_the_same_rows_from_a_bucket(
+  tmp_path, gcs, suffix, is_gzipped
+):
+  WRITERS[suffix](tmp_path / "rows", ROWS)
+  content = (tmp_path / "rows").read_bytes()
+  name = f"sources/rows.{suffix}"
+  if is_gzipped:
+    name, content = f"{name}.gz", gzip.compress(content)
+  path = gcs.write(name, content)
+  rows = list(sources.read(path))
+  assert [row.value for row in rows] == ROWS
+  assert rows[1].place == f"{path} row 2"
+
+
+def test_files_folders_and_patterns_of_a_bucket_are_found(gcs):
+  for name in ("b.jsonl", "a.csv.gz", "sub/c.json", ".x/d.json", "notes.txt"):
+    gcs.write(f"found/data/{name}", "{}")
+  root = "gs://found/data"
+  folder = [f"{root}/a.csv.gz", f"{root}/b.jsonl", f"{root}/sub/c.json"]
+  assert list(sources.resolve(root)) == folder
+  assert sources.resolve(f"{root}/b.jsonl") == (f"{root}/b.jsonl",)
+  assert sources.resolve(f"{root}/**/*.json") == (f"{root}/sub/c.json",)
+  with pytest.raises(FileNotFoundError, match="'gs://found/none' with data"):
+    sources.resolve("gs://found/none")
+  with pytest.raises(FileNotFoundError, match="There is no gs://not-found"):
+    sources.resolve("gs://not-found/rows.jsonl")
+
+
 def test_reading_parquet_leaves_nothing_in_the_home(tmp_path, monkeypatch):
   import datasets
 

@@ -190,11 +190,6 @@ def test_names_of_the_line_are_reserved(tmp_path):
       writer.write(1, "train", {"step": 2})
 
 
-def test_a_bucket_as_workdir_is_refused():
-  with pytest.raises(ValueError, match="gs://bucket/run does not allow"):
-    opened("gs://bucket/run")
-
-
 def test_missing_metrics_are_named(tmp_path):
   path = tmp_path / "metrics.jsonl"
   with pytest.raises(ValueError, match=f"no metrics at {path}"):

@@ -10,14 +10,13 @@ out.
 
 import hashlib
 import json
-import pathlib
 
 from absl import flags
 
 import dpop_jax
-from dpop_jax import atomic_files
+from dpop_jax import atomic_files, paths
 from dpop_jax.cli import command
-from dpop_jax.data import jsonl, maths, multiple_choice
+from dpop_jax.data import jsonl, kept_folders, maths, multiple_choice
 
 _BUILDERS = {
   "maths": maths.build_pairs,
@@ -77,8 +76,8 @@ def build(
   text = jsonl.dumps(built.pairs)
   manifest = {
     "source": {
-      "file": pathlib.Path(source).name,
-      "sha256": hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest(),
+      "file": paths.of(source).name,
+      "sha256": kept_folders.digest(source),
       "num_rows": len(rows),
     },
     "options": {
@@ -92,7 +91,7 @@ def build(
     "pairs_sha256": hashlib.sha256(text.encode()).hexdigest(),
     "dpop_jax_version": dpop_jax.__version__,
   }
-  out_dir = pathlib.Path(out)
+  out_dir = paths.of(out)
   atomic_files.write_text(out_dir / "pairs.jsonl", text)
   atomic_files.write_text(
     out_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n"

@@ -1,16 +1,19 @@
 """JSON lines: one object per line, read with line numbers, written whole."""
 
+import contextlib
 import gzip
+import io
 import json
-import pathlib
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dpop_jax import atomic_files
+from etils import epath
+
+from dpop_jax import atomic_files, paths
 
 
-def read(path: pathlib.Path | str) -> list[dict[str, Any]]:
+def read(path: epath.PathLike) -> list[dict[str, Any]]:
   """The objects of a .jsonl file, or of a gzipped .jsonl.gz; empty lines pass.
 
   Raises:
@@ -18,13 +21,16 @@ def read(path: pathlib.Path | str) -> list[dict[str, Any]]:
     ValueError: A line is not a JSON object, or the file is not UTF-8 text; the
       message names the file and the line.
   """
-  path = pathlib.Path(path)
+  path = paths.of(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no file {path}.")
   rows = []
-  opener = gzip.open if path.suffix == ".gz" else open
   try:
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with contextlib.ExitStack() as stack:
+      file = stack.enter_context(paths.open_binary(path))
+      if path.suffix == ".gz":
+        file = stack.enter_context(gzip.GzipFile(fileobj=file))
+      lines = stack.enter_context(io.TextIOWrapper(file, encoding="utf-8"))
       for number, line in enumerate(lines, start=1):
         if not line.strip():
           continue
@@ -54,6 +60,6 @@ def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
   return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write(path: pathlib.Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+def write(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
   """Writes one object per line, the whole file or nothing."""
   atomic_files.write_text(path, dumps(rows))

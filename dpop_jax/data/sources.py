@@ -22,6 +22,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dpop_jax import paths as paths_lib
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_PREFIX = "hub:"
 _HUB_NAME = re.compile(
@@ -105,12 +107,12 @@ def resolve(paths: str | Sequence[str]) -> tuple[str, ...]:
     if path.startswith(HUB_PREFIX):
       parse_hub_name(path)
       found.append(path)
-    elif pathlib.Path(path).is_dir():
+    elif paths_lib.of(path).is_dir():
       found.extend(_files_below(path))
-    elif pathlib.Path(path).is_file():
+    elif paths_lib.of(path).is_file():
       found.append(path)
     else:
-      matches = sorted(filter(_is_file, glob.glob(path, recursive=True)))
+      matches = paths_lib.glob(path)
       if not matches:
         raise FileNotFoundError(
           f"There is no file, folder or pattern {path!r} with data; a data set "
@@ -156,10 +158,6 @@ def read(source: str) -> Iterator[Row]:
     raise ValueError(f"{source} holds no rows.")
 
 
-def _is_file(path):
-  return pathlib.Path(path).is_file()
-
-
 def _suffix(path):
   return pathlib.Path(path.removesuffix(".gz")).suffix
 
@@ -169,14 +167,7 @@ def _has_data_suffix(path):
 
 
 def _files_below(folder):
-  root = pathlib.Path(folder)
-  files = [
-    str(path)
-    for path in sorted(root.rglob("*"))
-    if path.is_file()
-    and _has_data_suffix(str(path))
-    and not any(part.startswith(".") for part in path.relative_to(root).parts)
-  ]
+  files = list(filter(_has_data_suffix, paths_lib.files_below(folder)))
   if not files:
     raise FileNotFoundError(
       f"The folder {folder} holds no {', '.join(SUFFIXES)} file, plain or .gz."
@@ -184,8 +175,13 @@ def _files_below(folder):
   return files
 
 
-def _open(path) -> Any:
-  return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+@contextlib.contextmanager
+def _open(path) -> Iterator[Any]:
+  with contextlib.ExitStack() as stack:
+    file = stack.enter_context(paths_lib.open_binary(path))
+    if path.endswith(".gz"):
+      file = stack.enter_context(gzip.open(file, "rb"))
+    yield file
 
 
 def _read_json_lines(path):
@@ -264,8 +260,8 @@ def _read_parquet(path):
     # A folder that goes away keeps lock files out of the user's home.
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     file_name = path
-    if path.endswith(".gz"):
-      # Parquet is read from its end, which gzip cannot do.
+    if path.endswith(".gz") or paths_lib.is_remote(path):
+      # Parquet is read from its end, which gzip cannot do, and in pieces.
       file_name = str(pathlib.Path(folder) / "rows.parquet")
       with _open(path) as packed, open(file_name, "wb") as plain:
         shutil.copyfileobj(packed, plain)
