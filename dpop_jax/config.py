@@ -6,9 +6,9 @@ written in the file or on the command line (`--config.loss.beta=0.1`).
 """
 
 import dataclasses
-import difflib
+import functools
 import math
-import types
+import operator
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import ml_collections
 
 from dpop_jax import checkpoints as checkpoints_lib
-from dpop_jax import losses, optim, sharding, steps
+from dpop_jax import (
+  config_values,
+  losses,
+  model_folders,
+  optim,
+  sharding,
+  steps,
+)
 from dpop_jax.data import dataset, plan
 from dpop_jax.models import decoder
 
@@ -108,8 +115,11 @@ class RunConfig:
     num_steps: Updates of the whole run; None for `num_epochs`.
     num_epochs: Passes over the data instead, rounded up to whole updates.
     seed: Of fresh parameters and of the order of the pairs.
-    init_from: A workdir whose newest parameters are the policy's and the
-      reference's start; None for fresh ones.
+    init_from: What the policy starts from, and the reference unless
+      `reference.init_from` says otherwise: a Hugging Face folder, what
+      `import_hf` wrote, or another run's workdir; None for fresh parameters.
+    ignored_options: Of a Hugging Face folder's config.json, options that are
+      not known here and may be ignored.
     log_every_steps: Steps between two records of training metrics.
     eval_every_steps: Steps between two evaluations on held-out pairs; None for
       only before the first and after the last step.
@@ -121,6 +131,7 @@ class RunConfig:
   num_epochs: float | None = None
   seed: int = 0
   init_from: str | None = None
+  ignored_options: tuple[str, ...] = ()
   log_every_steps: int = 10
   eval_every_steps: int | None = None
   compilation_cache_dir: str | None = None
@@ -154,6 +165,21 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+  """The frozen reference, where it is not just what the policy starts from.
+
+  Attributes:
+    init_from: Its folder, see `run.init_from`; may hold another model, with the
+      same tokenizer. None for the one that the policy starts from.
+    param_dtype: Its weights as stored, "float32" or "bfloat16"; None for
+      model.param_dtype.
+  """
+
+  init_from: str | None = None
+  param_dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
   """Everything that decides what a run does; one section a field."""
 
@@ -163,17 +189,30 @@ class Config:
   loss: LossConfig
   optimizer: optim.OptimizerConfig
   run: RunConfig
+  reference: ReferenceConfig = ReferenceConfig()
   checkpoints: checkpoints_lib.CheckpointConfig = (
     checkpoints_lib.CheckpointConfig()
   )
   mesh: sharding.MeshConfig = sharding.MeshConfig()
+
+  def __post_init__(self):
+    if self.loss.name != "sft":
+      return
+    for field in dataclasses.fields(self.reference):
+      value = getattr(self.reference, field.name)
+      if value is not None:
+        raise ValueError(
+          f"reference.{field.name} is {value!r}, but loss.name='sft' has no "
+          "reference; leave it out (None)."
+        )
 
 
 def config_dict(**sections: Any) -> ml_collections.ConfigDict:
   """What a config file returns: its sections, and all other keys at defaults.
 
   ConfigDict lets the command line override only keys that are there, so all of
-  them are.
+  them are. A `model` section without sizes stands for the model of
+  `run.init_from`.
 
   Args:
     **sections: The keys of each section that are not to be at their defaults.
@@ -181,48 +220,64 @@ def config_dict(**sections: Any) -> ml_collections.ConfigDict:
   Raises:
     ValueError: A key is unknown, or a section is none.
   """
-  return ml_collections.ConfigDict(_fill(Config, sections, ""))
-
-
-def _fill(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  _check_known(cls, values, prefix)
-  filled = {}
-  for field in dataclasses.fields(cls):
-    hint = typing.get_type_hints(cls)[field.name]
-    if dataclasses.is_dataclass(hint):
-      section = values.get(field.name, {})
-      key = f"{prefix}{field.name}"
-      _check_is_section(section, key)
-      filled[field.name] = _fill(typing.cast(type, hint), section, f"{key}.")
-      continue
-    has_default = field.default is not dataclasses.MISSING
-    value = values.get(field.name, field.default if has_default else None)
-    # A typed hole, so that a value on the command line is read as that type.
-    filled[field.name] = (
-      ml_collections.config_dict.placeholder(_options(hint)[0])
-      if value is None
-      else value
-    )
-  return filled
+  # Typed, so that a value on the command line is read as that type.
+  hole = ml_collections.config_dict.placeholder
+  values = config_values.fill(Config, sections, hole)
+  given = sections.get("model", {})
+  if not _has_sizes(given):
+    holes = config_values.holes(decoder.DecoderConfig, hole)
+    for name in {*model_folders.HOW_TO_RUN, *given} & holes.keys():
+      is_section = isinstance(holes[name], dict)
+      value = given[name] if is_section else values["model"][name]
+      holes[name] = holes[name] | value if is_section else value
+    values["model"] = holes
+  return ml_collections.ConfigDict(values)
 
 
 def from_config_dict(config: ml_collections.ConfigDict) -> Config:
   """Checks a config file's values and freezes them.
 
+  A model and a tokenizer that are not given are those of `run.init_from`.
+
   Raises:
-    ValueError: A key is unknown, missing or of the wrong type, or a value is
-      out of range; the sentence names the key.
+    ValueError: A key is unknown, missing or of the wrong type, a value is out
+      of range, or `run.init_from` holds no model of a supported kind or another
+      than the section `model`; the sentence names the key.
+    FileNotFoundError: There is nothing in `run.init_from`.
   """
-  return from_dict(config.to_dict())
+  values = config.to_dict()
+  model, run = values.get("model", {}), values.get("run", {})
+  if not isinstance(model, Mapping) or not isinstance(run, Mapping):
+    return from_dict(values)
+  path = run.get("init_from")
+  if not _has_sizes(model):
+    if path is None:
+      raise ValueError(
+        "Config key model.vocab_size is missing, and so are the other sizes of "
+        "the model; set them, or set run.init_from to a folder that holds one."
+      )
+    values["model"] = _model_of(path, model, run.get("ignored_options") or ())
+  else:
+    # Holes of a file without sizes, whose sizes came from the command line.
+    values["model"] = {
+      name: _without_holes(value) if isinstance(value, Mapping) else value
+      for name, value in model.items()
+      if value is not None or name in model_folders.HOW_TO_RUN
+    }
+  data = values.get("data", {})
+  if path is not None and data.get("tokenizer", "") is None:
+    values["data"] = data | {"tokenizer": model_folders.tokenizer(path)}
+  return from_dict(values)
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
   """The config of which `to_dict` gave these values, also by way of JSON.
 
   Raises:
-    ValueError: As `from_config_dict`.
+    ValueError: A key is unknown, missing or of the wrong type, or a value is
+      out of range; the sentence names the key.
   """
-  return _build(Config, values, "")
+  return config_values.build(Config, values)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -230,15 +285,68 @@ def to_dict(config: Config) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """What differs between two results of `to_dict`, as `key: old -> new`."""
-  old, new = _flatten(old), _flatten(new)
-  missing = object()
-  return [
-    f"{key}: {old.get(key, 'not set')} -> {new.get(key, 'not set')}"
-    for key in sorted(old.keys() | new.keys())
-    if old.get(key, missing) != new.get(key, missing)
+def reference_model(config: Config) -> decoder.DecoderConfig:
+  """What the reference is: the policy's model, or that of its own folder.
+
+  Raises:
+    ValueError: `reference.init_from` holds no model of a supported kind.
+    FileNotFoundError: There is nothing in `reference.init_from`.
+  """
+  model, path = config.model, config.reference.init_from
+  if path is not None:
+    values = model_folders.architecture(path, config.run.ignored_options)
+    how = config_values.flatten(dataclasses.asdict(model))
+    if values["rope_scaling"]["rope_type"] != model.rope_scaling.rope_type:
+      del how[model_folders.USE_LONG_FACTOR]
+    model = config_values.build(
+      decoder.DecoderConfig, _run_as(values, how), "model."
+    )
+  dtype = config.reference.param_dtype or model.param_dtype
+  return dataclasses.replace(model, param_dtype=dtype)
+
+
+def _has_sizes(model: Mapping[str, Any]) -> bool:
+  return any(
+    model.get(field.name) is not None
+    for field in dataclasses.fields(decoder.DecoderConfig)
+    if field.default is dataclasses.MISSING
+  )
+
+
+def _without_holes(section):
+  return {name: value for name, value in section.items() if value is not None}
+
+
+def _model_of(path, given, ignored_options):
+  """The `model` section of a folder, with what is given beside its sizes."""
+  values = model_folders.architecture(path, ignored_options)
+  given = {
+    k: v for k, v in config_values.flatten(given).items() if v is not None
+  }
+  full = config_values.flatten(
+    dataclasses.asdict(config_values.build(decoder.DecoderConfig, values))
+  )
+  changed = [
+    f"model.{key} is {value} instead of {full.get(key)}"
+    for key, value in given.items()
+    if key not in model_folders.HOW_TO_RUN and full.get(key) != value
   ]
+  if changed:
+    raise ValueError(
+      f"The model in run.init_from={path!r} is another: {'; '.join(changed)}. "
+      "Leave these out."
+    )
+  return _run_as(values, given)
+
+
+def _run_as(values, given):
+  """Sets the keys of a `model` section that say how it is run."""
+  for key in model_folders.HOW_TO_RUN:
+    if given.get(key) is not None:
+      *sections, name = key.split(".")
+      section = functools.reduce(operator.getitem, sections, values)
+      section[name] = given[key]
+  return values
 
 
 def make_objective(config: LossConfig) -> steps.Objective:
@@ -273,91 +381,3 @@ def initial_loss(config: LossConfig) -> float | None:
   zeros = jnp.zeros((1, 2))
   lengths = jnp.ones((1, 2), jnp.int32)
   return float(make_objective(config).pair_losses(zeros, zeros, lengths)[0])
-
-
-def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-  _check_known(cls, values, prefix)
-  hints = typing.get_type_hints(cls)
-  arguments = {}
-  for field in dataclasses.fields(cls):
-    key = f"{prefix}{field.name}"
-    value = values.get(field.name)
-    is_required = field.default is dataclasses.MISSING
-    # A hole of a required key that nobody filled counts as missing.
-    if field.name in values and not (is_required and value is None):
-      arguments[field.name] = _convert(hints[field.name], value, key)
-    elif is_required:
-      raise ValueError(
-        f"Config key {key} is missing; set it in the config file or by "
-        f"--config.{key}=..."
-      )
-  return cls(**arguments)
-
-
-def _check_is_section(value: Any, key: str) -> None:
-  if not isinstance(value, Mapping):
-    raise ValueError(
-      f"Config key {key} must be a section of keys, got {value!r}."
-    )
-
-
-def _check_known(cls: type, values: Mapping[str, Any], prefix: str) -> None:
-  names = [field.name for field in dataclasses.fields(cls)]
-  for key in values:
-    if key not in names:
-      close = difflib.get_close_matches(key, names, n=1)
-      hint = (
-        f"did you mean {prefix}{close[0]}?"
-        if close
-        else f"known here are {', '.join(names)}."
-      )
-      raise ValueError(f"Unknown config key {prefix}{key}; {hint}")
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-  """The types a field may have."""
-  is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-  return typing.get_args(hint) if is_union else (hint,)
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-  """The value as the field's type, if it is of that type already."""
-  if dataclasses.is_dataclass(hint):
-    _check_is_section(value, key)
-    return _build(typing.cast(type, hint), value, f"{key}.")
-  options = _options(hint)
-  for option in options:
-    if option is type(None):
-      if value is None:
-        return None
-    elif typing.get_origin(option) is tuple:
-      item = typing.get_args(option)[0]
-      if isinstance(value, list | tuple) and all(
-        isinstance(v, item) for v in value
-      ):
-        return tuple(value)
-    elif option is float:
-      if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif option is int:
-      if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif isinstance(value, option):
-      return value
-  names = " or ".join(
-    "None" if option is type(None) else getattr(option, "__name__", str(option))
-    for option in options
-  )
-  raise ValueError(
-    f"Config key {key} must be {names}, got {value!r} ({type(value).__name__})."
-  )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat = {}
-  for key, value in values.items():
-    if isinstance(value, Mapping):
-      flat |= _flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-  return flat

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpop_jax import (
   atomic_files,
+  config_values,
   generate,
   metric_writers,
   report,
@@ -15,6 +16,7 @@ from dpop_jax import (
   train,
 )
 from dpop_jax import config as config_lib
+from dpop_jax import paths as paths_lib
 from dpop_jax import study as study_lib
 from dpop_jax.data import arithmetic, jsonl, tokenization, tokenizers
 
@@ -49,7 +51,7 @@ def run(
     InterruptedError: The process was asked to stop (SIGTERM), and has saved.
     ValueError: An earlier call finished a run with other settings.
   """
-  folder = pathlib.Path(workdir)
+  folder = paths_lib.local(workdir, "--workdir")
   corpus = arithmetic.ArithmeticConfig()
   paths = arithmetic.write_corpus(corpus, folder / "corpus")
   questions = jsonl.read(str(paths["questions_eval"]))
@@ -122,7 +124,7 @@ def run(
 def check_settings(config: config_lib.Config, workdir: str) -> None:
   """Raises ValueError if a finished run is not what the report would say."""
   saved = saved_config.load(workdir)
-  differences = config_lib.differences(
+  differences = config_values.differences(
     *(
       _shown(config_lib.to_dict(c), ("model", "loss", "optimizer", "batch"))
       for c in (saved, config)

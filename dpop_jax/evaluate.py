@@ -85,11 +85,16 @@ def evaluate_run(
   config = dataclasses.replace(config, batch=batch)
   # For its learning rates, which play no part here.
   num_steps = config.optimizer.warmup_steps + 1
-  program = program_lib.make_program(config, mesh, num_steps=num_steps)
+  program = program_lib.make_program(
+    config,
+    mesh,
+    num_steps=num_steps,
+    reference_model=config_lib.reference_model(config),
+  )
   params = checkpoints.load_params(workdir, program.abstract_state.params)
   reference = None
   if program.abstract_reference is not None:
-    reference = inputs.initial_params(config, mesh)
+    reference = inputs.load_reference(config, mesh)
   loaded = inputs.load_data(config, workdir)
   pairs = loaded.eval if data is None else loaded.train
   return Evaluator(program, pairs, batch)(params, reference)

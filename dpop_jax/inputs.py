@@ -1,12 +1,12 @@
 """What a run starts from: its data and its initial parameters."""
 
 import dataclasses
-import pathlib
 
 import jax
+import jax.numpy as jnp
 
-from dpop_jax import checkpoints, steps
 from dpop_jax import config as config_lib
+from dpop_jax import config_values, model_folders, paths, progress, steps
 from dpop_jax.data import dataset
 from dpop_jax.models import decoder
 
@@ -24,7 +24,7 @@ def load_data(config: config_lib.Config, workdir: str) -> dataset.Loaded:
   """
   data_config = config.data
   if data_config.cache_dir is None:
-    cache_dir = str(pathlib.Path(workdir) / "tokens")
+    cache_dir = str(paths.of(workdir) / "tokens")
     data_config = dataclasses.replace(data_config, cache_dir=cache_dir)
   data = dataset.load(
     data_config,
@@ -42,39 +42,104 @@ def load_data(config: config_lib.Config, workdir: str) -> dataset.Loaded:
   return data
 
 
-def pin_initial_params(config: config_lib.Config) -> config_lib.Config:
-  """Makes `run.init_from` one checkpoint, that a later one does not displace.
+def pin_models(config: config_lib.Config) -> config_lib.Config:
+  """Makes each `init_from` one checkpoint, that a later one does not displace.
 
   Otherwise the reference of a resumed run would be another than before where
   the run that it was taken from has gone on.
 
   Raises:
-    ValueError: There is no checkpoint in `run.init_from`.
+    ValueError: There is no checkpoint in one of them.
+  """
+  for name in ("run", "reference"):
+    section = getattr(config, name)
+    if section.init_from is not None:
+      path = model_folders.pin(section.init_from, key=f"{name}.init_from")
+      section = dataclasses.replace(section, init_from=path)
+      config = dataclasses.replace(config, **{name: section})
+  return config
+
+
+def check_same_model(config: config_lib.Config) -> None:
+  """Checks that `run.init_from` holds the model that it is loaded as.
+
+  Parameters of one shape are of different models where `model.rope_theta`
+  differs, say. A checkpoint that is in no workdir is taken as it is.
+
+  Raises:
+    ValueError: They are different models.
   """
   path = config.run.init_from
   if path is None:
-    return config
-  pinned = checkpoints.newest(path)
-  if pinned is None:
+    return
+  try:
+    saved = model_folders.architecture(path, config.run.ignored_options)
+  except FileNotFoundError:
+    return
+  saved = config_values.flatten(saved)
+  wanted = config_values.flatten(config_lib.to_dict(config)["model"])
+  # Not those that an earlier version did not have, nor those left to a default.
+  names = saved.keys() & wanted.keys() - {"head_dim", *model_folders.HOW_TO_RUN}
+  differences = config_values.differences(
+    *({name: model[name] for name in names} for model in (saved, wanted))
+  )
+  if differences:
     raise ValueError(
-      f"There is no complete checkpoint in run.init_from={path!r}; expected "
-      "the workdir of another run."
+      f"run.init_from={path!r} holds another model than the config's section "
+      f"`model`: {'; '.join(differences)}."
     )
-  run = dataclasses.replace(config.run, init_from=pinned)
-  return dataclasses.replace(config, run=run)
 
 
 def initial_params(
   config: config_lib.Config, mesh: jax.sharding.Mesh
 ) -> steps.Params:
-  """The start of the policy, and the reference: fresh or `run.init_from`'s.
+  """The start of the policy: fresh, or what `run.init_from` holds.
 
   Raises:
-    ValueError: The checkpoint is of another model.
+    FileNotFoundError: It has no weights.
+    ValueError: They are of another model.
   """
   if config.run.init_from is None:
     key = jax.random.key(config.run.seed)
     return decoder.make_params(key, config.model, mesh)
-  return checkpoints.load_params(
-    config.run.init_from, decoder.abstract_params(config.model, mesh)
-  )
+  return _load(config, config.run.init_from, config.model, mesh)
+
+
+def load_reference(
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  *,
+  initial: steps.Params | None = None,
+) -> steps.Params:
+  """The reference's parameters.
+
+  Args:
+    config: Of the run.
+    mesh: Where they go.
+    initial: `initial_params`, if they are there already: what is the same model
+      is read only once.
+
+  Raises:
+    FileNotFoundError: There are no weights.
+    ValueError: They are of another model.
+  """
+  model = config_lib.reference_model(config)
+  if config.reference.init_from is not None:
+    return _load(config, config.reference.init_from, model, mesh)
+  if initial is None:
+    initial = initial_params(config, mesh)
+  if model.param_dtype == config.model.param_dtype:
+    return initial
+  dtype = jnp.dtype(model.param_dtype)
+  return jax.tree.map(lambda x: x.astype(dtype), initial)
+
+
+def _load(config, path, model, mesh):
+  with progress.Transfer("weights", is_shown=jax.process_index() == 0) as bar:
+    return model_folders.load_params(
+      path,
+      model,
+      mesh,
+      ignored_options=config.run.ignored_options,
+      progress=bar,
+    )

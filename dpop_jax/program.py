@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpop_jax import config as config_lib
-from dpop_jax import optim, sharding, steps
+from dpop_jax import optim, paths, sharding, steps
 from dpop_jax import pairs as pairs_lib
 from dpop_jax.models import decoder
 
@@ -44,7 +44,11 @@ class Program(NamedTuple):
 
 
 def make_program(
-  config: config_lib.Config, mesh: jax.sharding.Mesh, *, num_steps: int
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  *,
+  num_steps: int,
+  reference_model: decoder.DecoderConfig | None = None,
 ) -> Program:
   """Builds the steps of a run; nothing is compiled yet.
 
@@ -52,11 +56,13 @@ def make_program(
     config: The run.
     mesh: Devices; may be those of a machine that is not there.
     num_steps: Updates of the whole run, for the learning rate.
+    reference_model: `config_lib.reference_model`; None for the policy's.
 
   Raises:
     ValueError: The mesh does not divide the model or the rows.
   """
-  check(config, mesh)
+  reference_model = reference_model or config.model
+  check(config, mesh, reference_model=reference_model)
   optimizer, schedule = optim.make_optimizer(
     config.optimizer, num_steps=num_steps
   )
@@ -69,18 +75,24 @@ def make_program(
     params=params,
     opt_state=opt_state,
   )
-  reference = None if objective.is_sft else params
+  reference = None
+  if not objective.is_sft:
+    reference = decoder.abstract_params(reference_model, mesh)
   batch_sharding = NamedSharding(mesh, P(None, sharding.ROW_AXES))
   shardings = functools.partial(jax.tree.map, lambda x: x.sharding)
   inputs = (shardings(reference), batch_sharding, replicated)
   step = functools.partial(
     steps.train_step,
     config=config.model,
+    reference_config=reference_model,
     objective=objective,
     optimizer=optimizer,
   )
   evaluate = functools.partial(
-    steps.eval_step, config=config.model, objective=objective
+    steps.eval_step,
+    config=config.model,
+    reference_config=reference_model,
+    objective=objective,
   )
   return Program(
     mesh=mesh,
@@ -107,9 +119,21 @@ def make_program(
   )
 
 
-def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
-  """Raises ValueError if the mesh does not divide the model or the rows."""
-  config.model.check_mesh(mesh)
+def check(
+  config: config_lib.Config,
+  mesh: jax.sharding.Mesh,
+  *,
+  reference_model: decoder.DecoderConfig,
+) -> None:
+  """Raises ValueError if the mesh does not divide the models or the rows."""
+  for model in dict.fromkeys((config.model, reference_model)):
+    try:
+      model.check_mesh(mesh)
+      _check_length(config, model)
+    except ValueError as error:
+      if model == config.model:
+        raise
+      raise ValueError(f"Of the reference: {error}") from error
   num_shards = sharding.num_row_shards(mesh)
   if config.batch.rows_per_microbatch % num_shards:
     raise ValueError(
@@ -119,11 +143,24 @@ def check(config: config_lib.Config, mesh: jax.sharding.Mesh) -> None:
     )
 
 
+def _check_length(config, model):
+  scaling = model.rope_scaling
+  limit = scaling.original_max_position_embeddings
+  longest = config.data.max_length or config.batch.row_length
+  is_short = scaling.rope_type == "longrope" and not scaling.use_long_factor
+  if is_short and longest > limit:
+    raise ValueError(
+      f"Sequences may have up to {longest} tokens, but the short factors of "
+      f"model.rope_scaling hold up to {limit}; set data.max_length to that, or "
+      "model.rope_scaling.use_long_factor to True for sequences of all lengths."
+    )
+
+
 def use_compilation_cache(config: config_lib.Config) -> None:
   """Keeps what is compiled from now on where the config says, if it does."""
   path = config.run.compilation_cache_dir
   if path is not None:
-    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_compilation_cache_dir", str(paths.of(path)))
 
 
 def compile_step(
@@ -140,15 +177,22 @@ def compile_step(
     first: Abstract first argument: the state or the parameters.
     batch: A batch, or its shapes and dtypes.
   """
-  batch = jax.tree.map(
+  batch = abstract_batch(program, batch)
+  count = jax.ShapeDtypeStruct((), jnp.int32)
+  with jax.set_mesh(program.mesh):
+    return step.lower(first, program.abstract_reference, batch, count).compile()
+
+
+def abstract_batch(
+  program: Program, batch: pairs_lib.PackedBatch
+) -> pairs_lib.PackedBatch:
+  """Shape, dtype and sharding of the arrays of a batch."""
+  return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=program.batch_sharding
     ),
     batch,
   )
-  count = jax.ShapeDtypeStruct((), jnp.int32)
-  with jax.set_mesh(program.mesh):
-    return step.lower(first, program.abstract_reference, batch, count).compile()
 
 
 def put_batch(

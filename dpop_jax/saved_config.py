@@ -1,9 +1,8 @@
 """The config and the data of a run, beside its checkpoints: what made them."""
 
 import json
-import pathlib
 
-from dpop_jax import atomic_files, checkpoints
+from dpop_jax import atomic_files, checkpoints, config_values, paths
 from dpop_jax import config as config_lib
 from dpop_jax.data import dataset
 
@@ -24,21 +23,12 @@ _FREE_TO_CHANGE = (
   "run.eval_every_steps",
   "run.compilation_cache_dir",
 )
-# Of a model, what another run may start from its parameters with; shapes are
-# checked where they are loaded.
-_FREE_TO_START_WITH = (
-  "head_dim",
-  "initializer_range",
-  "dtype",
-  "param_dtype",
-  "remat",
-)
 
 
 def save(config: config_lib.Config, workdir: str) -> None:
   """Writes `workdir`/config.json, whole or not at all."""
   text = json.dumps(config_lib.to_dict(config), indent=2)
-  atomic_files.write_text(pathlib.Path(workdir) / FILE_NAME, text + "\n")
+  atomic_files.write_text(paths.of(workdir) / FILE_NAME, text + "\n")
 
 
 def load(workdir: str) -> config_lib.Config:
@@ -47,7 +37,7 @@ def load(workdir: str) -> config_lib.Config:
   Raises:
     ValueError: There is no run, or its config is not one of this version.
   """
-  path = pathlib.Path(workdir) / FILE_NAME
+  path = paths.of(workdir) / FILE_NAME
   try:
     return config_lib.from_dict(_read(path))
   except FileNotFoundError:
@@ -74,8 +64,8 @@ def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
   Raises:
     ValueError: Something else differs, so that it would be another run.
   """
-  path = pathlib.Path(workdir) / FILE_NAME
-  if pathlib.Path(workdir).is_file():
+  path = paths.of(workdir) / FILE_NAME
+  if paths.of(workdir).is_file():
     raise ValueError(f"--workdir must be a folder, but {workdir} is a file.")
   if checkpoints.newest(workdir) is None:
     return []
@@ -88,7 +78,7 @@ def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
     old = _read(path)
   except ValueError as error:
     raise ValueError(f"{path} cannot be used: {error}") from error
-  differences = config_lib.differences(old, config_lib.to_dict(config))
+  differences = config_values.differences(old, config_lib.to_dict(config))
   other = [d for d in differences if not d.startswith(_FREE_TO_CHANGE)]
   if other:
     raise ValueError(
@@ -107,7 +97,7 @@ def check_same_data(data: dataset.Loaded, workdir: str) -> None:
   Raises:
     ValueError: They differ.
   """
-  path = pathlib.Path(workdir) / DATA_FILE_NAME
+  path = paths.of(workdir) / DATA_FILE_NAME
   if not path.exists() or checkpoints.newest(workdir) is None:
     return
   changed = [
@@ -126,7 +116,7 @@ def check_same_data(data: dataset.Loaded, workdir: str) -> None:
 def save_data(data: dataset.Loaded, workdir: str) -> None:
   """Writes `workdir`/data.json for `check_same_data`."""
   text = json.dumps(_digests(data), indent=2)
-  atomic_files.write_text(pathlib.Path(workdir) / DATA_FILE_NAME, text + "\n")
+  atomic_files.write_text(paths.of(workdir) / DATA_FILE_NAME, text + "\n")
 
 
 def _digests(data: dataset.Loaded) -> dict[str, str | None]:
@@ -134,41 +124,6 @@ def _digests(data: dataset.Loaded) -> dict[str, str | None]:
     "train": data.train.digest(),
     "eval": None if data.eval is None else data.eval.digest(),
   }
-
-
-def check_same_model(config: config_lib.Config) -> None:
-  """Checks that `run.init_from` was trained as the model that it is loaded as.
-
-  Parameters of one shape are of different models where `model.rope_theta`
-  differs, say. A checkpoint that is in no workdir is taken as it is.
-
-  Args:
-    config: With `run.init_from` the folder of one step, or None.
-
-  Raises:
-    ValueError: They are different models.
-  """
-  if config.run.init_from is None:
-    return
-  # WORKDIR/checkpoints/STEP
-  path = pathlib.Path(config.run.init_from).parent.parent / FILE_NAME
-  if not path.is_file():
-    return
-  try:
-    saved = _read(path).get("model", {})
-  except ValueError as error:
-    raise ValueError(f"{path} cannot be used: {error}") from error
-  wanted = config_lib.to_dict(config)["model"]
-  # Not those that an earlier version did not have.
-  names = (saved.keys() & wanted.keys()) - set(_FREE_TO_START_WITH)
-  differences = config_lib.differences(
-    *({name: model[name] for name in names} for model in (saved, wanted))
-  )
-  if differences:
-    raise ValueError(
-      f"run.init_from={config.run.init_from!r} was trained as another model "
-      f"than the config's section `model`: {'; '.join(differences)}."
-    )
 
 
 def _read(path):

@@ -77,6 +77,7 @@ def region_logps(
     rows.score_positions,
     rows.score_targets,
     rows.num_scores,
+    softcap=config.final_logit_softcapping,
   )
   return logprobs.answer_logps(token_logps, rows)
 
@@ -87,6 +88,7 @@ def rows_loss(
   rows: pairs_lib.PackedBatch,
   *,
   config: decoder.DecoderConfig,
+  reference_config: decoder.DecoderConfig,
   objective: Objective,
 ) -> tuple[jax.Array, Metrics]:
   """Sum of the losses of the pairs in some rows, and metrics.
@@ -95,7 +97,8 @@ def rows_loss(
     params: The policy.
     reference: Parameters of the frozen reference; None for SFT.
     rows: One microbatch, [rows, ...].
-    config: The decoder of both.
+    config: The policy's decoder.
+    reference_config: The reference's.
     objective: What to compute.
 
   Returns:
@@ -109,7 +112,7 @@ def rows_loss(
     reference_logps = jnp.zeros_like(policy)
     report = metrics.sft_metrics(policy, rows.answer_lengths, weights)
   else:
-    reference_logps = region_logps(reference, rows, config)
+    reference_logps = region_logps(reference, rows, reference_config)
     report = metrics.preference_metrics(
       policy, reference_logps, rows.answer_lengths, weights, beta=objective.beta
     )
@@ -130,6 +133,7 @@ def train_step(
   num_microbatches: jax.Array,
   *,
   config: decoder.DecoderConfig,
+  reference_config: decoder.DecoderConfig,
   objective: Objective,
   optimizer: optax.GradientTransformation,
 ) -> tuple[State, StepReport]:
@@ -140,14 +144,20 @@ def train_step(
     reference: See `rows_loss`.
     batch: [microbatches, rows, ...].
     num_microbatches: int32; the leading ones that hold anything.
-    config: The decoder.
+    config: The policy's decoder.
+    reference_config: The reference's.
     objective: What to minimise.
     optimizer: How.
   """
 
   def differentiate(rows):
     (_, report), gradients = jax.value_and_grad(rows_loss, has_aux=True)(
-      state.params, reference, rows, config=config, objective=objective
+      state.params,
+      reference,
+      rows,
+      config=config,
+      reference_config=reference_config,
+      objective=objective,
     )
     return gradients, report
 
@@ -173,13 +183,19 @@ def eval_step(
   num_microbatches: jax.Array,
   *,
   config: decoder.DecoderConfig,
+  reference_config: decoder.DecoderConfig,
   objective: Objective,
 ) -> Metrics:
   """Metrics of a batch, with the arguments of `train_step`."""
 
   def evaluate(rows):
     return rows_loss(
-      params, reference, rows, config=config, objective=objective
+      params,
+      reference,
+      rows,
+      config=config,
+      reference_config=reference_config,
+      objective=objective,
     )[1]
 
   return _accumulate(evaluate, batch, num_microbatches)

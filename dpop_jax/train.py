@@ -10,8 +10,11 @@ import numpy as np
 from dpop_jax import (
   checkpoints,
   evaluate,
+  hugging_face_files,
   inputs,
   metric_writers,
+  model_folders,
+  paths,
   progress,
   saved_config,
   sharding,
@@ -53,17 +56,20 @@ def train(config: config_lib.Config, workdir: str) -> Result:
       workdir holds another run.
     FloatingPointError: Something went non-finite.
   """
-  config = inputs.pin_initial_params(config)
-  saved_config.check_same_model(config)
+  config = inputs.pin_models(config)
+  inputs.check_same_model(config)
+  reference_model = config_lib.reference_model(config)
   differences = saved_config.check_same_run(config, workdir)
   program_lib.use_compilation_cache(config)
   mesh = sharding.make_mesh(config.mesh)
   # Before the data is read: whatever can be refused is refused early.
-  program_lib.check(config, mesh)
+  program_lib.check(config, mesh, reference_model=reference_model)
   data = inputs.load_data(config, workdir)
   saved_config.check_same_data(data, workdir)
   num_steps = config.run.steps_for(len(data.train), config.batch.batch_size)
-  program = program_lib.make_program(config, mesh, num_steps=num_steps)
+  program = program_lib.make_program(
+    config, mesh, num_steps=num_steps, reference_model=reference_model
+  )
   plan = plan_lib.Plan(
     data.train, config.batch, seed=config.run.seed, num_steps=num_steps
   )
@@ -71,6 +77,11 @@ def train(config: config_lib.Config, workdir: str) -> Result:
   if is_primary:
     saved_config.save(config, workdir)
     saved_config.save_data(data, workdir)
+    hugging_face_files.keep(
+      paths.of(workdir) / model_folders.HUGGING_FACE,
+      init_from=config.run.init_from,
+      data=config.data,
+    )
   with (
     checkpoints.Checkpoints(workdir, config.checkpoints) as saved,
     checkpoints.Preemption() as preemption,
@@ -175,6 +186,7 @@ def _run(
       if is_save_due:
         # The report tells of the state before the update.
         log.check_state(step, state)
+        log.keep()
         saved.save(step, state)
       if is_stopped and not is_last:
         upcoming.cancel()
@@ -184,16 +196,16 @@ def _run(
 
 
 def _start(config, program, saved):
-  """The state to go on from, and the reference: both start as one model."""
+  """The state to go on from, and the reference."""
   is_resumed = saved.latest_step() is not None
-  has_reference = program.abstract_reference is not None
-  reference = None
-  if has_reference or not is_resumed:
+  params = reference = None
+  if not is_resumed:
     params = inputs.initial_params(config, program.mesh)
-    reference = params if has_reference else None
+  if program.abstract_reference is not None:
+    reference = inputs.load_reference(config, program.mesh, initial=params)
   if is_resumed:
     return saved.restore(program.abstract_state), reference
-  if has_reference:
+  if params is reference:
     # The state is donated step by step, so it needs arrays of its own.
     params = jax.tree.map(jnp.copy, params)
   zero = jax.device_put(jnp.int32(0), program.abstract_state.step.sharding)

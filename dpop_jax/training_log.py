@@ -111,6 +111,10 @@ class TrainingLog:
     if step == 0:
       check_initial_loss(self._config, values["loss"])
 
+  def keep(self) -> None:
+    """Makes what was written outlive the process, whatever the workdir is."""
+    self._writer.flush()
+
   def check_state(self, step: int, state: steps.State) -> None:
     """Raises FloatingPointError, with names, if not all of it is finite."""
     flags = jax.device_get(self._are_finite(state))
@@ -154,9 +158,12 @@ class TrainingLog:
 
 
 def check_initial_loss(config: config_lib.Config, loss: float) -> None:
-  """Raises ValueError unless the loss is that of two equal models."""
+  """Raises ValueError unless the loss is that of two equal models.
+
+  A reference that is another model may give any loss.
+  """
   expected = config_lib.initial_loss(config.loss)
-  if expected is None:
+  if expected is None or config.reference.init_from is not None:
     return
   tolerance = _INITIAL_LOSS_TOLERANCES[config.model.dtype]
   if abs(loss - expected) <= tolerance * max(1.0, expected):
@@ -164,7 +171,8 @@ def check_initial_loss(config: config_lib.Config, loss: float) -> None:
   raise ValueError(
     f"The first loss is {loss:.6f} instead of {expected:.6f}: policy and "
     "reference score the same answers differently although they are the same "
-    "model. Compute both in model.dtype='float32'."
+    "model. Compute both in model.dtype='float32', with reference.param_dtype "
+    "as model.param_dtype."
   )
 
 

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpop_jax import config as config_lib
-from dpop_jax import program, sharding
+from dpop_jax import config_values, program, sharding
 
 # ml_collections loads config files in a way that Python 3.12 drops.
 pytestmark = pytest.mark.filterwarnings(
@@ -52,11 +52,15 @@ def section_names():
 
 
 @pytest.mark.parametrize("name", section_names())
-def test_every_config_file_loads(name):
+def test_every_config_file_loads(name, tmp_path):
   path = CONFIGS_DIR / f"{name}.py"
   assert f"--config=configs/{name}.py" in path.read_text() or name == "demo"
   # The demo fills its holes itself.
-  loaded = read(path, *PATHS)
+  paths = list(PATHS)
+  if "init_from=MODEL_FOLDER" in path.read_text():
+    model = tiny_runs.write_model(tmp_path / "model")
+    paths.append(f"--config.run.init_from={model}")
+  loaded = read(path, *paths)
   assert loaded.data.train == "pairs.jsonl"
   again = json.loads(json.dumps(config_lib.to_dict(loaded)))
   assert config_lib.from_dict(again) == loaded
@@ -77,7 +81,7 @@ def test_the_models_of_the_paper_fit_their_mesh(
   # Only its shape is looked at, so one device can stand for all.
   devices = np.full((data, fsdp, tensor), jax.devices()[0])
   mesh = jax.sharding.Mesh(devices, sharding.MESH_AXES)
-  program.check(config, mesh)
+  program.check(config, mesh, reference_model=config.model)
   model = config.model
   # Embeddings in and out; of a layer four projections of attention with heads
   # as wide as the model, three biases or none, the MLP, two norms; one norm.
@@ -181,14 +185,14 @@ def test_differences_name_keys_and_both_values():
   new = config_lib.to_dict(
     config_lib.from_dict(sections(loss__beta=0.1, data__train=["a", "b"]))
   )
-  assert config_lib.differences(old, old) == []
-  assert config_lib.differences(json.loads(json.dumps(new)), new) == []
-  assert config_lib.differences(old, new) == [
+  assert config_values.differences(old, old) == []
+  assert config_values.differences(json.loads(json.dumps(new)), new) == []
+  assert config_values.differences(old, new) == [
     "data.train: pairs.jsonl -> ['a', 'b']",
     "loss.beta: 0.3 -> 0.1",
   ]
   del old["loss"]["beta"]
-  assert "loss.beta: not set -> 0.1" in config_lib.differences(old, new)
+  assert "loss.beta: not set -> 0.1" in config_values.differences(old, new)
 
 
 def test_a_config_dict_that_is_filled_by_hand_is_checked_as_well():

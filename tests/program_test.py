@@ -109,7 +109,7 @@ def test_optimizer_states_are_born_as_announced(optimizer, mesh):
 
 def test_only_preferences_have_a_reference(mesh):
   made = make_program(mesh)
-  assert made.abstract_reference is made.abstract_state.params
+  assert made.abstract_reference == made.abstract_state.params
   assert make_program(mesh, loss="sft").abstract_reference is None
 
 

@@ -402,7 +402,11 @@ def test_pairs_that_are_not_there_weigh_nothing_in_any_loss(name, monkeypatch):
       answer_lengths=lengths, pair_weights=jnp.array([weights])
     )
     loss = functools.partial(
-      steps.rows_loss, rows=rows, config=MODEL, objective=objective
+      steps.rows_loss,
+      rows=rows,
+      config=MODEL,
+      reference_config=MODEL,
+      objective=objective,
     )
     return jax.value_and_grad(loss, has_aux=True)(policy, reference)
 

@@ -7,7 +7,12 @@ import copy
 import json
 import pathlib
 
+import jax
+
 from dpop_jax import config as config_lib
+from dpop_jax import sharding
+from dpop_jax.hf import families, names, weights
+from dpop_jax.models import decoder
 
 # Ids in this order: `?` for unknown, `^` begins and `$` ends a sequence.
 CHARACTERS = "?^$ abcdefghij"
@@ -70,7 +75,7 @@ def make_sections(data: dict[str, str], **changes) -> dict:
   sections["data"] |= data
   for name, value in changes.items():
     section, key = name.split("__")
-    sections[section][key] = value
+    sections.setdefault(section, {})[key] = value
   if "loss__name" in changes:
     options = ("beta", "dpop_lambda")
     used = config_lib.LOSSES[changes["loss__name"]].options
@@ -83,3 +88,29 @@ def make_sections(data: dict[str, str], **changes) -> dict:
 def make_config(data: dict[str, str], **changes) -> config_lib.Config:
   """A config of these sections."""
   return config_lib.from_dict(make_sections(data, **changes))
+
+
+def write_model(folder: pathlib.Path, seed: int = 0, **changes) -> str:
+  """Writes a Hugging Face folder of a fresh model with the tokenizer above."""
+  config = decoder.DecoderConfig(
+    **SECTIONS["model"] | {"initializer_range": 0.3} | changes
+  )
+  mesh = sharding.make_mesh(sharding.MeshConfig())
+  params = decoder.make_params(jax.random.key(seed), config, mesh)
+  folder.mkdir()
+  hf_config = families.to_hf(config) | {"max_position_embeddings": 64}
+  (folder / "config.json").write_text(json.dumps(hf_config))
+  weights.save(
+    params,
+    names.parts(config, families.from_hf(hf_config)[0]),
+    folder,
+    dtype=config.param_dtype,
+  )
+  write_tokenizer(folder / "tokenizer.json")
+  tokens = {
+    "bos_token": "^",
+    "eos_token": "$",
+    "tokenizer_class": "PreTrainedTokenizerFast",
+  }
+  (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+  return str(folder)

@@ -449,7 +449,54 @@ def test_a_start_that_was_trained_as_another_model_is_refused(
   assert not (tmp_path / "run").exists()
   # How it is computed may differ.
   config = make_config(run__init_from=workdir, model__dtype="bfloat16")
-  saved_config.check_same_model(inputs.pin_initial_params(config))
+  inputs.check_same_model(inputs.pin_models(config))
+
+
+@pytest.mark.slow
+def test_the_reference_may_be_another_model(make_config, tmp_path):
+  """Other sizes, another family, other weights; scored as it scores itself."""
+  path = tiny_runs.write_model(
+    tmp_path / "other", hidden_size=32, qk_norm="head", num_hidden_layers=1
+  )
+  config = make_config(
+    run__num_steps=3, run__eval_every_steps=1, reference__init_from=path
+  )
+  train.train(config, str(tmp_path / "run"))
+  other = make_config(
+    run__num_steps=3,
+    run__init_from=path,
+    model__hidden_size=32,
+    model__qk_norm="head",
+    model__num_hidden_layers=1,
+  )
+  train.train(other, str(tmp_path / "other_run"))
+  name = "logps_per_token/chosen"
+  expected = records(str(tmp_path / "other_run"), "eval")[0][name]
+  evaluations = records(str(tmp_path / "run"), "eval")
+  assert list(evaluations) == [0, 1, 2, 3]
+  for values in evaluations.values():
+    assert values[f"reference_{name}"] == pytest.approx(expected, rel=1e-5)
+  # So the loss does not start at ln 2, which is no mistake here.
+  assert abs(evaluations[0]["loss"] - math.log(2)) > 0.01
+  again = evaluate.evaluate_run(config, str(tmp_path / "run"))
+  assert again == {name: evaluations[3][name] for name in again}
+
+
+@pytest.mark.slow
+def test_the_reference_may_be_kept_in_half_the_memory(make_config, tmp_path):
+  changes = dict(model__dtype="bfloat16", reference__param_dtype="bfloat16")
+  config = make_config(run__num_steps=3, **changes)
+  model = config_lib.reference_model(config)
+  assert (model.param_dtype, config.model.param_dtype) == (
+    "bfloat16",
+    "float32",
+  )
+  reference = inputs.load_reference(config, sharding.make_mesh(config.mesh))
+  assert {x.dtype.name for x in jax.tree.leaves(reference)} == {"bfloat16"}
+  # Fresh norms are 1 and matrices are cast anyway: ln 2 to the last bit.
+  train.train(config, str(tmp_path / "run"))
+  first = records(str(tmp_path / "run"), "eval")[0]["loss"]
+  assert first == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(make_config, tmp_path):
