@@ -68,7 +68,7 @@ def test_every_config_file_loads(name, tmp_path):
 
 @pytest.mark.parametrize(
   ("name", "num_devices", "num_billions"),
-  [("smaug_7b", 8, 6.74), ("smaug_72b", 128, 72.29)],
+  [("smaug_7b", 8, 6.74), ("smaug_34b", 64, 34.39), ("smaug_72b", 64, 72.29)],
 )
 def test_the_models_of_the_paper_fit_their_mesh(
   name, num_devices, num_billions
@@ -77,6 +77,7 @@ def test_the_models_of_the_paper_fit_their_mesh(
   assert (config.loss.beta, config.loss.dpop_lambda) == (0.3, 50.0)
   data, fsdp, tensor = config.mesh.data, config.mesh.fsdp, config.mesh.tensor
   fsdp = num_devices // (data * tensor) if fsdp == -1 else fsdp
+  tensor = num_devices // (data * fsdp) if tensor == -1 else tensor
   assert data * fsdp * tensor == num_devices
   # Only its shape is looked at, so one device can stand for all.
   devices = np.full((data, fsdp, tensor), jax.devices()[0])
@@ -84,9 +85,15 @@ def test_the_models_of_the_paper_fit_their_mesh(
   program.check(config, mesh, reference_model=config.model)
   model = config.model
   # Embeddings in and out; of a layer four projections of attention with heads
-  # as wide as the model, three biases or none, the MLP, two norms; one norm.
+  # as wide as the model, or fewer for keys and values, three biases or none,
+  # the MLP, two norms; one norm.
   hidden = model.hidden_size
-  layer = 4 * hidden**2 + 3 * hidden * model.intermediate_size + 2 * hidden
+  shared = model.num_key_value_heads / model.num_attention_heads
+  layer = (
+    (2 + 2 * shared) * hidden**2
+    + 3 * hidden * model.intermediate_size
+    + 2 * hidden
+  )
   layer += 3 * hidden * model.attention_bias
   total = 2 * model.vocab_size * hidden + model.num_hidden_layers * layer
   assert round((total + hidden) / 1e9, 2) == num_billions

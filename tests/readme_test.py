@@ -6,6 +6,7 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import tiny_runs
 
 from dpop_jax import config, losses
 from dpop_jax.data import preferences
@@ -27,9 +28,12 @@ def test_the_loss_gives_the_value_that_is_shown():
   assert names["losses"] is losses and isinstance(value, jnp.ndarray)
 
 
-def test_the_config_is_one():
-  config_dict = eval(blocks("python")[1], {"config": config})
-  assert config.from_config_dict(config_dict).loss.dpop_lambda == 50.0
+def test_the_config_is_one(tmp_path):
+  model = tiny_runs.write_model(tmp_path / "model")
+  text = blocks("python")[1].replace("MODEL_FOLDER", model)
+  read = config.from_config_dict(eval(text, {"config": config}))
+  assert read.loss.dpop_lambda == 50.0
+  assert (read.model.vocab_size, read.data.tokenizer) == (16, model)
 
 
 def test_the_rows_are_read():
