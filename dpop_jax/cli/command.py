@@ -2,16 +2,27 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
+from dpop_jax import processes
 
-def run(main: Callable[[], int | None]) -> None:
+
+def run(
+  main: Callable[[], int | None], *, in_several_processes: bool = False
+) -> None:
   """Runs a command's `main` once flags are parsed, and exits with its result.
 
   Errors that a user can cause end the process with one sentence on standard
   error and exit code 1.
+
+  Args:
+    main: Returns the exit code, or None for 0.
+    in_several_processes: Whether the command may be started on several hosts,
+      as one run; see `processes`. One that ends because another one has ended
+      returns 75.
   """
 
   def parse(arguments):
@@ -29,9 +40,26 @@ def run(main: Callable[[], int | None]) -> None:
       _fail(f"Expected only flags, got {' '.join(arguments[1:])}.")
     logging.set_verbosity(logging.WARNING)
     try:
+      if in_several_processes:
+        processes.initialize()
       return main()
-    except (ValueError, OSError, FloatingPointError) as error:
-      return _fail(str(error))
+    except Exception as error:
+      code = 1
+      if processes.has_lost_another(error):
+        code = processes.EXIT_LOST_ANOTHER
+        _tell(
+          "Another process of this run has ended or cannot be reached any more "
+          f"({str(error).splitlines()[0]}). Its output says why; the same "
+          "command on all hosts continues from the newest checkpoint."
+        )
+      elif isinstance(error, (ValueError, OSError, FloatingPointError)):
+        _tell(str(error))
+      elif processes.are_connected():
+        traceback.print_exc()
+      else:
+        raise
+      processes.leave(code)
+      return code
 
   app.run(checked_main, flags_parser=parse)
 
@@ -67,5 +95,9 @@ def _unknown_key(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def _fail(message: str):
-  print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+  _tell(message)
   sys.exit(1)
+
+
+def _tell(message: str) -> None:
+  print(f"Error: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ import math
 
 from absl import flags
 
+from dpop_jax import processes
 from dpop_jax.cli import command, finished_run
 
 _DATA = flags.DEFINE_string(
@@ -26,6 +27,8 @@ def main() -> None:
   metrics = evaluate.evaluate_run(
     finished_run.load_config(), finished_run.workdir(), data=_DATA.value
   )
+  if not processes.is_first():
+    return
   for name, value in sorted(metrics.items()):
     print(f"{name:45s} {value: .6g}")
   if _JSON.value:
@@ -35,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  command.run(main, in_several_processes=True)

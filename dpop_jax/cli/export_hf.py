@@ -9,6 +9,7 @@ what import_hf made; both may be gs:// paths.
 
 from absl import flags
 
+from dpop_jax import processes
 from dpop_jax.cli import command, mesh_flag
 
 _WORKDIR = flags.DEFINE_string(
@@ -36,11 +37,12 @@ def main() -> None:
     mesh=mesh_flag.config() or sharding.MeshConfig(),
     max_file_bytes=int(_MAX_FILE_GB.value * 1e9),
   )
-  print(
-    f"{_OUT.value} holds step {exported.step} as a {exported.family} model in "
-    f"{exported.dtype}"
-  )
+  if processes.is_first():
+    print(
+      f"{_OUT.value} holds step {exported.step} as a {exported.family} model "
+      f"in {exported.dtype}"
+    )
 
 
 if __name__ == "__main__":
-  command.run(main)
+  command.run(main, in_several_processes=True)

@@ -12,6 +12,7 @@ import json
 
 from absl import flags
 
+from dpop_jax import processes
 from dpop_jax.cli import command, finished_run
 from dpop_jax.data import jsonl
 
@@ -61,6 +62,8 @@ def main() -> None:
     seed=_SEED.value,
     batch_size=_BATCH_SIZE.value,
   )
+  if not processes.is_first():
+    return
   if _PROMPT.value is not None:
     print(answers[0])
     return
@@ -85,4 +88,4 @@ def _read_prompts():
 
 
 if __name__ == "__main__":
-  command.run(main)
+  command.run(main, in_several_processes=True)

@@ -9,6 +9,7 @@ Both folders may be gs:// paths.
 
 from absl import flags
 
+from dpop_jax import processes
 from dpop_jax.cli import command, mesh_flag
 
 _SOURCE = flags.DEFINE_string(
@@ -38,12 +39,13 @@ def main() -> None:
     mesh=mesh_flag.config() or sharding.MeshConfig(),
     ignored_options=_IGNORE_OPTIONS.value,
   )
-  print(
-    f"{_OUT.value} holds {config.num_hidden_layers} layers of width "
-    f"{config.hidden_size} in {config.param_dtype}; start a run from it with "
-    f"--config.run.init_from={_OUT.value}"
-  )
+  if processes.is_first():
+    print(
+      f"{_OUT.value} holds {config.num_hidden_layers} layers of width "
+      f"{config.hidden_size} in {config.param_dtype}; start a run from it with "
+      f"--config.run.init_from={_OUT.value}"
+    )
 
 
 if __name__ == "__main__":
-  command.run(main)
+  command.run(main, in_several_processes=True)
