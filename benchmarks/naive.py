@@ -157,20 +157,9 @@ def _attention(name):
       attention, "forest_attention", attention.forest_attention
     )
 
-  def dense(
-    query,
-    key,
-    value,
-    visible_until,
-    *,
-    scale,
-    softcap=None,
-    positions=None,
-    window=None,
-  ):
-    del visible_until  # What is padded on the right, nothing looks at.
-    del positions  # Only a window needs them.
-    if softcap is not None or window is not None:
+  def dense(query, key, value, visibility, *, scale, softcap=None):
+    # What is padded on the right, nothing looks at.
+    if softcap is not None or visibility.window is not None:
       raise ValueError(
         "Dense attention has neither a soft cap nor a window; measure a model "
         "without them, or blocks."

@@ -1,19 +1,17 @@
 """Which pairs of blocks are computed."""
 
+import flax.linen as nn
 import hypothesis
+import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies
 
-from dpop_jax.models import attention, attention_blocks
+from dpop_jax.models import attention, attention_blocks, decoder
 
 SIZE = 8
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-  monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", SIZE)
 
 
 def row(*trees, length):
@@ -34,9 +32,12 @@ def row(*trees, length):
 def listed(until, positions=None, window=None):
   """Pairs (query block, key block) that are computed."""
   window = None if window is None else jnp.int32(window)
-  blocks = attention_blocks.visible_blocks(until, positions, window)
+  is_needed = attention_blocks.needed_blocks(
+    until, positions, window, size=SIZE
+  )
+  blocks = attention_blocks.listed(is_needed)
   pairs = np.stack([blocks.queries, blocks.keys], axis=-1)
-  return [tuple(pair) for pair in pairs[: int(blocks.count)].tolist()]
+  return [tuple(pair) for pair in pairs[: int(blocks.count[0])].tolist()]
 
 
 def needed(until, positions, window):
@@ -113,3 +114,45 @@ def test_forks_within_blocks_cost_no_more_than_they_need():
   pairs = listed(*trees, 12)
   assert pairs == needed(*trees, 12)
   assert len(pairs) < len(listed(trees[0])) / 3
+
+
+def test_blocks_are_listed_once_for_all_layers():
+  config = decoder.DecoderConfig(
+    vocab_size=8,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    sliding_window=5,
+    layer_types=("sliding_attention", "full_attention") * 2,
+    remat="full",
+  )
+  tokens = jnp.zeros((1, 40), jnp.int32)
+  until, positions = row(range(16), range(16), length=40)
+  params = decoder.init_params(jax.random.key(0), config)
+
+  def total(params):
+    hidden, _ = decoder.Decoder(config).apply(
+      {"params": nn.unbox(params)}, tokens, positions, until
+    )
+    return hidden.sum()
+
+  jaxpr = jax.make_jaxpr(jax.grad(total))(params).jaxpr
+  # Lists are made with cumulative sums, and nothing else here is.
+  outside, inside = counts(jaxpr, "cumsum")
+  assert outside > 0 == inside
+  # Attention itself is inside.
+  outside, inside = counts(jaxpr, "pallas_call")
+  assert inside > 0 == outside
+
+
+def counts(jaxpr, name, in_scan=False):
+  """How often a primitive is outside of scans, and inside."""
+  total = np.zeros(2, int)
+  for equation in jaxpr.eqns:
+    total[int(in_scan)] += equation.primitive.name == name
+    is_scan = in_scan or equation.primitive.name == "scan"
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      total += counts(inner, name, is_scan)
+  return tuple(total.tolist())

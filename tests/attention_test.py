@@ -66,6 +66,13 @@ def dense(query, key, value, mask, softcap):
   return jnp.einsum("rhqk,rkhd->rqhd", weights, value)
 
 
+def forest_attention(
+  query, key, value, until, *, positions=None, window=None, **scoring
+):
+  visibility = attention_blocks.visibility(until, positions, window)
+  return attention.forest_attention(query, key, value, visibility, **scoring)
+
+
 def with_gradients(function):
   """Maps (inputs, ...) to `function`'s result and its gradients, compiled."""
 
@@ -114,7 +121,7 @@ def test_blocks_equal_the_whole_softmax(block_size, seed, softcap, monkeypatch):
   monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", block_size)
   until, _ = random_trees(seed)
   attend = with_gradients(
-    lambda q, k, v: attention.forest_attention(
+    lambda q, k, v: forest_attention(
       q, k, v, until, scale=SCALE, softcap=softcap
     )
   )
@@ -130,7 +137,7 @@ def test_windows_of_all_sizes_need_one_compilation(
 ):
   monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", block_size)
   attend = with_gradients(
-    lambda q, k, v, until, positions, window: attention.forest_attention(
+    lambda q, k, v, until, positions, window: forest_attention(
       q,
       k,
       v,
@@ -158,7 +165,7 @@ def test_layers_of_a_scan_have_their_own_windows(monkeypatch):
 
   def scanned(query, key, value):
     def layer(query, window):
-      out = attention.forest_attention(
+      out = forest_attention(
         query,
         key,
         value,
@@ -192,7 +199,7 @@ def test_a_mesh_changes_nothing(shape, window, monkeypatch):
     sharding.MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True)))
   )
   until, positions = random_trees(0)
-  attend = lambda q, k, v, window: attention.forest_attention(
+  attend = lambda q, k, v, window: forest_attention(
     q,
     k,
     v,
@@ -219,7 +226,7 @@ def test_bfloat16_blocks_are_as_exact_as_the_whole_mask(softcap):
   exact = dense(*inputs()[:3], mask, softcap)
   half = inputs(jnp.bfloat16)[:3]
   error = lambda out: float(jnp.abs(out.astype(jnp.float32) - exact).max())
-  blocks = attention.forest_attention(
+  blocks = forest_attention(
     *half, until, **options, positions=positions, window=window
   )
   whole = attention.masked_attention(*half, mask, **options)
@@ -243,21 +250,21 @@ def test_the_whole_mask_in_memory_gives_the_same(softcap):
 def test_a_row_of_a_length_without_divisors_is_padded(monkeypatch):
   # 48 has the divisor 16 below 22, which is near enough; 47 is prime.
   monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", 22)
-  lengths = []
-  blocks = attention_blocks.visible_blocks
+  sizes = []
+  needed = attention_blocks.needed_blocks
   monkeypatch.setattr(
     attention_blocks,
-    "visible_blocks",
-    lambda until, *window: (
-      lengths.append(until.shape[-1]) or blocks(until, *window)
+    "needed_blocks",
+    lambda until, *window, size: (
+      sizes.append((size, until.shape[-1])) or needed(until, *window, size=size)
     ),
   )
-  for length, computed in ((48, 48), (47, 66)):
+  for length, computed in ((48, (16, 48)), (47, (22, 66))):
     until, positions = (x[:, :length] for x in random_trees(0))
     until = jnp.minimum(until, length)
     cut = [x[:, :length] for x in inputs()]
     got = with_gradients(
-      lambda q, k, v, until, positions, window: attention.forest_attention(
+      lambda q, k, v, until, positions, window: forest_attention(
         q,
         k,
         v,
@@ -270,15 +277,15 @@ def test_a_row_of_a_length_without_divisors_is_padded(monkeypatch):
     )(cut, until, positions, jnp.int32(9))
     want = with_gradients(functools.partial(dense, softcap=SOFTCAP))
     assert_close(got, want(cut, last_ancestors(until, 9)))
-    assert set(lengths) == {computed}
-    lengths.clear()
+    assert computed in sizes
+    sizes.clear()
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_padding_sees_nothing_and_gives_zeros(window):
   until = jnp.arange(LENGTH, dtype=jnp.int32)[None].repeat(ROWS, axis=0)
   out = with_gradients(
-    lambda q, k, v: attention.forest_attention(
+    lambda q, k, v: forest_attention(
       q,
       k,
       v,
@@ -296,8 +303,6 @@ def test_padding_sees_nothing_and_gives_zeros(window):
 def test_a_window_needs_positions():
   until, _ = random_trees(0)
   with pytest.raises(ValueError, match="give `positions`"):
-    attention.forest_attention(
-      *inputs()[:3], until, scale=SCALE, window=jnp.int32(4)
-    )
+    forest_attention(*inputs()[:3], until, scale=SCALE, window=jnp.int32(4))
   with pytest.raises(ValueError, match="give `positions`"):
     attention.forest_mask(until, window=jnp.int32(4))

@@ -1,28 +1,64 @@
-"""Blocks of the tokens of a row, and which pairs of them attention needs."""
+"""Which keys a query sees, and which pairs of blocks of tokens that needs."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Int
 
+from dpop_jax import sharding
+
+# Without a kernel; of a kernel, the largest comes first.
 MAX_BLOCK_SIZE = 128
+KERNEL_BLOCK_SIZES = (512, 256, 128)
 
 
 class Blocks(NamedTuple):
   """The pairs of a query block and a key block that are computed.
 
-  Blocks of all rows count through: block `row * blocks_per_row + i`.
+  Blocks of all rows of a device count through: block `row * blocks_per_row + i`
+  of the row's blocks.
 
   Attributes:
-    queries: int32 [all pairs]; those that count come first.
-    keys: int32 [all pairs].
-    count: Number of pairs that count.
+    queries: int32 [all pairs + 1]; those that count come first.
+    keys: int32 [all pairs + 1].
+    count: int32 [1]; number of pairs that count.
   """
 
   queries: jax.Array
   keys: jax.Array
   count: jax.Array
+
+
+class Visibility(NamedTuple):
+  """What decides which keys a query sees; made once for many layers.
+
+  Query `q` sees key `k` exactly when `k <= q < until[k]` and, if there is a
+  window, `positions[q] - positions[k] < window`.
+
+  Attributes:
+    until: int32 [rows, length]; end of the subtree of each token.
+    positions: int32 [rows, length]; depth of each token in its tree. None
+      without a window.
+    window: int32 []; None for none.
+    plain: Pairs of blocks of `block_size`, for where there is no kernel.
+    by_query: Those of `kernel_block_size`, all keys of a query block together.
+    by_key: The same pairs, all queries of a key block together.
+  """
+
+  until: jax.Array
+  positions: jax.Array | None
+  window: jax.Array | None
+  plain: Blocks
+  by_query: Blocks
+  by_key: Blocks
+
+
+# How a Visibility is split over the mesh.
+_ROWS = P(sharding.ROW_AXES)
+_BLOCKS = Blocks(_ROWS, _ROWS, _ROWS)
+SPLIT = Visibility(_ROWS, _ROWS, P(), _BLOCKS, _BLOCKS, _BLOCKS)
 
 
 def block_size(length: int) -> int:
@@ -38,23 +74,98 @@ def padding(length: int) -> int:
   return 0 if is_fine else -length % MAX_BLOCK_SIZE
 
 
-def visible_blocks(
+def kernel_block_size(length: int) -> int:
+  """Largest size of which a row's length takes whole blocks, or nearly.
+
+  A row is padded to whole blocks, by at most an eighth or to one small block.
+  Blocks of padding alone are not computed; it costs memory.
+  """
+  *sizes, smallest = KERNEL_BLOCK_SIZES
+  return next((s for s in sizes if -length % s * 8 <= length), smallest)
+
+
+def visibility(
   visible_until: Int[Array, "rows length"],
   positions: Int[Array, "rows length"] | None = None,
   window: Int[Array, ""] | None = None,
-) -> Blocks:
-  """Lists the pairs of blocks that any token needs.
+) -> Visibility:
+  """What each query sees, ready for `attention.forest_attention`.
 
-  With a window, where a block holds several branches, a pair may be listed in
+  Args:
+    visible_until: End of the subtree of each token; see `pairs.PackedBatch`.
+    positions: Depth of each token in its tree; needed with a window.
+    window: A query sees keys less than this far above it, itself included; it
+      need not be known when compiling. None for no window.
+
+  Raises:
+    ValueError: There is a window, but no positions.
+  """
+  check_window(positions, window)
+  visible_until = jnp.asarray(visible_until)
+  if window is None:
+    positions = None
+  else:
+    positions, window = jnp.asarray(positions), jnp.asarray(window)
+  list_blocks = sharding.per_device(
+    _all_blocks, in_specs=SPLIT[:3], out_specs=SPLIT[3:]
+  )
+  blocks = list_blocks(visible_until, positions, window)
+  return Visibility(visible_until, positions, window, *blocks)
+
+
+def check_window(positions, window) -> None:
+  """Raises ValueError if there is a window, but no positions."""
+  if window is not None and positions is None:
+    raise ValueError(
+      "A window of attention is counted in positions, but there are none; give "
+      "`positions`, or None for the window."
+    )
+
+
+def _all_blocks(visible_until, positions, window):
+  """`plain`, `by_query` and `by_key` of one device's rows."""
+  length = visible_until.shape[1]
+  size = kernel_block_size(length)
+  arrays = visible_until, positions, window
+  is_needed = needed_blocks(*padded(arrays, -length % size), size=size)
+  transposed = listed(is_needed.swapaxes(1, 2))
+  by_key = Blocks(transposed.keys, transposed.queries, transposed.count)
+  arrays = padded(arrays, padding(length))
+  plain = needed_blocks(*arrays, size=block_size(arrays[0].shape[1]))
+  return listed(plain), listed(is_needed), by_key
+
+
+def padded(arrays, padding: int):
+  """Adds tokens of zeros to arrays [rows, length, ...]; leaves scalars.
+
+  A key whose `visible_until` is 0 is seen by nobody.
+  """
+
+  def pad(x):
+    return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+
+  return jax.tree.map(lambda x: pad(x) if x.ndim else x, arrays)
+
+
+def needed_blocks(
+  visible_until: Int[Array, "rows length"],
+  positions: Int[Array, "rows length"] | None = None,
+  window: Int[Array, ""] | None = None,
+  *,
+  size: int,
+) -> Bool[Array, "rows blocks blocks"]:
+  """Which key blocks (last axis) any token of a query block needs.
+
+  With a window, where a block holds several branches, a pair may be marked in
   which nothing is visible; never the other way round.
 
   Args:
     visible_until: End of the subtree of each token.
     positions: Depth of each token in its tree; only needed with a window.
-    window: See `attention.forest_attention`.
+    window: See `visibility`.
+    size: Tokens of a block; divides the length.
   """
   rows, length = visible_until.shape
-  size = block_size(length)
   count = length // size
   index = jnp.arange(count)
   # Padding sees not even itself, so it asks for nothing.
@@ -63,20 +174,32 @@ def visible_blocks(
   last_query = last_query.reshape(rows, count, size).max(axis=-1)
   queries, keys = index[None, :, None], index[None, None, :]
   is_needed = (keys <= queries) & (last_query[:, None, :] > queries * size)
-  if window is not None:
-    # The shallowest query that a key of the key block may reach, less the
-    # deepest key that reaches into the query block: this leaves out padding
-    # and other trees. `initial` is for pairs that are not needed anyway.
-    tokens = jnp.arange(length).reshape(1, count, 1, size)
-    shallowest = positions.reshape(rows, count, 1, size).min(
-      axis=-1, where=tokens < last_query[:, None, :, None], initial=length
-    )
-    until = visible_until.reshape(rows, 1, count, size)
-    deepest = positions.reshape(rows, 1, count, size).max(
-      axis=-1, where=until > queries[..., None] * size, initial=0
-    )
-    is_needed &= shallowest - deepest < window
-  row, query, key = jnp.nonzero(is_needed, size=rows * count**2, fill_value=0)
+  if window is None:
+    return is_needed
+  # The shallowest query that a key of the key block may reach, less the
+  # deepest key that reaches into the query block: this leaves out padding
+  # and other trees. `initial` is for pairs that are not needed anyway.
+  tokens = jnp.arange(length).reshape(1, count, 1, size)
+  shallowest = positions.reshape(rows, count, 1, size).min(
+    axis=-1, where=tokens < last_query[:, None, :, None], initial=length
+  )
+  until = visible_until.reshape(rows, 1, count, size)
+  deepest = positions.reshape(rows, 1, count, size).max(
+    axis=-1, where=until > queries[..., None] * size, initial=0
+  )
+  return is_needed & (shallowest - deepest < window)
+
+
+def listed(is_needed: Bool[Array, "rows blocks blocks"]) -> Blocks:
+  """The pairs that are needed, by row, query block and key block.
+
+  At most half of all pairs of a row and its diagonal can be.
+  """
+  rows, count, _ = is_needed.shape
+  pairs = rows * count * (count + 1) // 2
+  row, query, key = jnp.nonzero(is_needed, size=pairs + 1, fill_value=0)
   return Blocks(
-    queries=row * count + query, keys=row * count + key, count=is_needed.sum()
+    queries=row * count + query,
+    keys=row * count + key,
+    count=is_needed.sum()[None],
   )

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpop_jax import sharding
-from dpop_jax.models import embeddings, experts, layers, products, rotary
+from dpop_jax.models import (
+  attention_blocks,
+  embeddings,
+  experts,
+  layers,
+  products,
+  rotary,
+)
 from dpop_jax.models.decoder_config import DecoderConfig
 from dpop_jax.models.layers import KeyValueCache
 
@@ -41,7 +48,7 @@ class Block(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, cache, positions, visible_until, differences):
+  def __call__(self, x, cache, positions, visibilities, differences):
     config = self.config
 
     def norm(name, is_used, x):
@@ -51,7 +58,7 @@ class Block(nn.Module):
       norm("attention_norm", config.pre_norm, x),
       cache,
       positions,
-      visible_until,
+      visibilities,
       differences,
     )
     x = x + norm("attention_post_norm", config.post_norm, mixed)
@@ -121,18 +128,40 @@ class Decoder(nn.Module):
       out_axes=0,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(config, name="layers")
-    x, cache = blocks(x, cache, positions, visible_until, _differences(config))
+    visibilities = None
+    if cache is None:
+      visibilities = _visibilities(config, visible_until, positions)
+    x, cache = blocks(x, cache, positions, visibilities, _differences(config))
     return layers.RMSNorm(config, name="final_norm")(x), cache
+
+
+def _visibilities(
+  config: DecoderConfig, visible_until: jax.Array, positions: jax.Array
+) -> tuple[attention_blocks.Visibility, ...]:
+  """What queries see, for each window that a layer has: once for all layers."""
+  windows = _windows(config)
+  if windows is None:
+    return (attention_blocks.visibility(visible_until),)
+  return tuple(
+    attention_blocks.visibility(visible_until, positions, jnp.int32(window))
+    for window in dict.fromkeys(windows)
+  )
+
+
+def _windows(config: DecoderConfig) -> list[int] | None:
+  """That of each layer; None if none has one."""
+  if not any(config.is_sliding):
+    return None
+  return [
+    config.sliding_window if is_sliding else _NO_WINDOW
+    for is_sliding in config.is_sliding
+  ]
 
 
 def _differences(config: DecoderConfig) -> layers.Differences:
   """Those of all layers, with a leading axis."""
-  windows = None
-  if any(config.is_sliding):
-    windows = [
-      config.sliding_window if is_sliding else _NO_WINDOW
-      for is_sliding in config.is_sliding
-    ]
+  windows = _windows(config)
+  if windows is not None:
     windows = jnp.asarray(np.array(windows, np.int32))
   rotations = jax.tree.map(jnp.asarray, rotary.layer_rotations(config))
   return layers.Differences(windows, rotations)

@@ -93,7 +93,7 @@ class Attention(nn.Module):
   config: DecoderConfig
 
   @nn.compact
-  def __call__(self, x, cache, positions, visible_until, differences):
+  def __call__(self, x, cache, positions, visibilities, differences):
     config = self.config
 
     def project(name, heads, axis):
@@ -124,14 +124,9 @@ class Attention(nn.Module):
       scale=config.attention_scale, softcap=config.attn_logit_softcapping
     )
     if cache is None:
+      visibility = _of_window(visibilities, window)
       mixed = attention.forest_attention(
-        query,
-        key,
-        value,
-        visible_until,
-        positions=None if window is None else positions,
-        window=window,
-        **scores,
+        query, key, value, visibility, **scores
       )
     else:
       # Row by row, so that rows stay on their devices.
@@ -157,6 +152,15 @@ class Attention(nn.Module):
       name="out",
     )(mixed)
     return out, cache
+
+
+def _of_window(visibilities, window):
+  """The one with a window."""
+  visibility, *others = visibilities
+  for other in others:
+    choose = functools.partial(jnp.where, other.window == window)
+    visibility = jax.tree.map(choose, other, visibility)
+  return visibility
 
 
 class MLP(nn.Module):

@@ -1,0 +1,37 @@
+"""What makes attention's scores of the products of queries and keys."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Stands for minus infinity: finite, so that differences of two are not nan.
+MASKED = -1e30
+
+
+class Scoring(NamedTuple):
+  """How products become scores.
+
+  Attributes:
+    scale: Multiplies the products.
+    softcap: Scores s become softcap * tanh(s / softcap); None for s.
+  """
+
+  scale: float
+  softcap: float | None
+
+  def scores(self, products: jax.Array) -> jax.Array:
+    scores = products * self.scale
+    if self.softcap is None:
+      return scores
+    return self.softcap * jnp.tanh(scores / self.softcap)
+
+  def product_gradient(
+    self, score_gradient: jax.Array, scores: jax.Array
+  ) -> jax.Array:
+    """The gradient in front of `scores`, from that behind it."""
+    if self.softcap is not None:
+      # The slope of tanh at x is 1 - tanh(x)**2.
+      slope = 1.0 - jnp.square(scores / self.softcap)
+      score_gradient = score_gradient * slope
+    return score_gradient * self.scale
