@@ -3,7 +3,7 @@
   python -m dpop_jax.cli.train --config=configs/smaug_72b.py \
     --workdir=WORKDIR --config.data.train=PAIRS.jsonl \
     --config.data.tokenizer=TOKENIZER_FOLDER \
-    --config.run.init_from=WORKDIR_OF_THE_START
+    --config.run.init_from=START
 
 What the paper (https://arxiv.org/abs/2402.13228v2) says is beta 0.3 and lambda
 50, and that Smaug-72B starts from MoMo-72B-lora-1.8.7-DPO, which has Qwen-72B's
@@ -11,8 +11,10 @@ shape. Whether all parameters were trained, learning rate, batch size, warm-up,
 steps, length and hardware it does not say; those marked as guesses below are of
 Bielik v3's published DPOP run (with its own beta 0.1 and lambda 2.5).
 
-Parameters, gradients, Adam's moments and the reference are float32, together 20
-bytes per parameter or 1.45 TB: 128 devices have 11 GB of it each.
+Parameters, gradients and Adam's moments are float32 and the reference is
+bfloat16, together 18 bytes per parameter or 1.3 TB. 64 chips of 95 GB hold it
+with rows to spare: `python -m dpop_jax.cli.plan` with this config and
+`--topology=v5p:4x4x4` tells what they need.
 """
 
 import ml_collections
@@ -44,10 +46,11 @@ def get_config() -> ml_collections.ConfigDict:
     batch=dict(
       batch_size=64,  # A guess: Bielik's.
       row_length=4096,  # A guess; no effect on results.
-      rows_per_microbatch=16,
+      rows_per_microbatch=32,
     ),
     # The paper's.
     loss=dict(name="dpop", beta=0.3, dpop_lambda=50.0),
+    reference=dict(param_dtype="bfloat16"),
     optimizer=dict(
       name="adamw",  # A guess: Bielik's.
       peak_learning_rate=5e-7,  # A guess: Bielik's, constant after warm-up.
@@ -62,6 +65,6 @@ def get_config() -> ml_collections.ConfigDict:
       eval_every_steps=100,
     ),
     checkpoints=dict(save_every_steps=100),
-    # 128 devices; fsdp * data may not exceed batch.rows_per_microbatch.
-    mesh=dict(data=1, fsdp=16, tensor=8),
+    # 64 devices; fsdp * data must divide batch.rows_per_microbatch.
+    mesh=dict(data=1, fsdp=16, tensor=-1),
   )

@@ -3,7 +3,7 @@
   python -m dpop_jax.cli.train --config=configs/smaug_7b.py \
     --workdir=WORKDIR --config.data.train=PAIRS.jsonl \
     --config.data.tokenizer=TOKENIZER_FOLDER \
-    --config.run.init_from=WORKDIR_OF_THE_START
+    --config.run.init_from=START
 
 What the paper (https://arxiv.org/abs/2402.13228v2) says is beta 0.3 and lambda
 50, and that one of its models is Llama-2-7B-Chat. Learning rate, batch size,

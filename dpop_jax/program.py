@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -195,16 +196,48 @@ def abstract_batch(
   )
 
 
-def put_batch(
-  program: Program, batch: pairs_lib.PackedBatch
-) -> pairs_lib.PackedBatch:
-  """A batch on the mesh; every process gives the whole of it."""
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(
-      x.shape, program.batch_sharding, x.__getitem__
-    ),
-    batch,
+def local_rows(program: Program, num_rows: int) -> np.ndarray:
+  """Which rows of a microbatch devices of this process hold, ascending.
+
+  Args:
+    program: The program.
+    num_rows: Rows of a microbatch over all devices.
+  """
+  indices = program.batch_sharding.addressable_devices_indices_map(
+    (1, num_rows)
   )
+  rows = [np.arange(num_rows)[index[1]] for index in indices.values()]
+  return np.unique(np.concatenate(rows))
+
+
+def put_batch(
+  program: Program,
+  batch: pairs_lib.PackedBatch,
+  *,
+  num_rows: int | None = None,
+) -> pairs_lib.PackedBatch:
+  """A batch on the mesh.
+
+  Args:
+    program: The program.
+    batch: NumPy arrays [microbatches, rows, ...] of the `local_rows`, or of all
+      rows.
+    num_rows: Rows of a microbatch over all devices; None if the batch has all.
+  """
+  if num_rows is None:
+    num_rows = batch.tokens.shape[1]
+    rows = np.arange(num_rows)
+  else:
+    rows = local_rows(program, num_rows)
+
+  def put(x):
+    def part(index):
+      return x[:, np.searchsorted(rows, np.arange(num_rows)[index[1]])]
+
+    shape = (x.shape[0], num_rows, *x.shape[2:])
+    return jax.make_array_from_callback(shape, program.batch_sharding, part)
+
+  return jax.tree.map(put, batch)
 
 
 def _abstract_opt_state(

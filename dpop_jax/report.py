@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 
-from dpop_jax import atomic_files, report_plots, report_text
+from dpop_jax import atomic_files, paths, report_plots, report_text
 from dpop_jax import study as study_lib
 
 _STYLE = """
@@ -79,7 +79,7 @@ def write(
     "report.md": report_text.markdown(study),
     "report.html": page(study),
   }
-  out_dir = pathlib.Path(out_dir)
+  out_dir = paths.local(out_dir, "out_dir")
   for name, text in texts.items():
     atomic_files.write_text(out_dir / name, text)
   return {name: out_dir / name for name in texts}

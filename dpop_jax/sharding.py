@@ -3,9 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
@@ -86,18 +88,19 @@ def make_mesh(
       f"({len(slices)}): between slices only gradients may travel."
     )
   # The rows of one slice stay together, so that fsdp and tensor never leave it.
+  # An axis may take a part of a direction of the slice: 32 x 2 of 8 x 8 chips.
   parts = [
-    jax.make_mesh(
-      (data // len(slices), *rest), MESH_AXES, axis_types=types, devices=part
-    ).devices
+    mesh_utils.create_device_mesh(
+      (data // len(slices), *rest), part, allow_split_physical_axes=True
+    )
     for part in slices
   ]
   return jax.sharding.Mesh(np.concatenate(parts), MESH_AXES, axis_types=types)
 
 
-def _slices(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+def _slices(devices: Sequence[Any]) -> list[list[Any]]:
   """Devices by the TPU slice that they are of; others are all of one."""
-  slices: dict[int, list[jax.Device]] = {}
+  slices: dict[int, list[Any]] = {}
   for device in devices:
     is_tpu = device.platform == "tpu"
     index = (getattr(device, "slice_index", None) or 0) if is_tpu else 0

@@ -1,0 +1,1 @@
+"""What a run would take on TPUs that are not there."""

@@ -1,0 +1,242 @@
+"""What devices send to each other, read from a compiled program."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpop_jax.planning import hlo
+
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+KINDS = (
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+  "collective-permute",
+  "all-to-all",
+)
+
+
+class Collective(NamedTuple):
+  """One collective instruction of a program.
+
+  Attributes:
+    kind: One of KINDS.
+    num_bytes: Of its operands on one device.
+    times: Executions in a step.
+    group: The devices that the first of them exchanges with, itself included,
+      as indices into the flattened mesh.
+    op_name: What in the source it came from.
+    computation: The part of the program that it stands in.
+    is_sparse: Whether it adds up arrays that are zero but for a device's own
+      part: a gather, as the TPU compiler writes it over a whole 3D torus.
+  """
+
+  kind: str
+  num_bytes: int
+  times: int
+  group: tuple[int, ...]
+  op_name: str
+  computation: str
+  is_sparse: bool = False
+
+  @property
+  def sent_bytes(self) -> float:
+    """Least that a device sends in one execution, with rings or better."""
+    count = len(self.group)
+    if self.kind == "collective-permute":
+      return float(self.num_bytes)
+    if self.kind == "all-gather":
+      return float(self.num_bytes * (count - 1))
+    share = self.num_bytes * (count - 1) / count
+    return 2 * share if self.kind == "all-reduce" else share
+
+  @property
+  def step_bytes(self) -> float:
+    """The same of a whole step."""
+    return self.sent_bytes * self.times
+
+
+def read(
+  text: str,
+  num_devices: int,
+  trip_counts: hlo.TripCounts,
+  *,
+  num_slices: int = 1,
+) -> list[Collective]:
+  """All collectives of a program, without those that move nothing.
+
+  The parts of an asynchronous one count once. An all-reduce of which each
+  device keeps a part, which is how the TPU compiler writes one that it runs as
+  a reduce-scatter, is a reduce-scatter.
+
+  Args:
+    text: Of the compiled program.
+    num_devices: Devices that it runs on.
+    trip_counts: Executions of loops that only the data tell.
+    num_slices: TPU slices that the devices are of, one behind the other. What
+      goes between slices is a `send` to the host, which names its collective.
+  """
+  module = hlo.parse(text)
+  found = []
+  for instruction, computation, caller, times in module.executed(trip_counts):
+    kind = instruction.opcode.removesuffix("-start")
+    between = _BETWEEN_SLICES.search(instruction.text)
+    if instruction.opcode == "send" and between:
+      kind = between[1].lower().replace("_", "-")
+    if kind not in KINDS or _is_continued(computation, caller):
+      continue
+    instructions = module.computations[computation]
+    if kind == "all-reduce" and _is_scattered(instructions):
+      kind = "reduce-scatter"
+    group = _group(instruction.text, num_devices)
+    operands = instruction.operands
+    if instruction.opcode == "send":
+      group = tuple(range(0, num_devices, num_devices // num_slices))
+      operands = operands[:1]
+    if len(group) == 1:
+      continue
+    num_bytes = sum(hlo.num_bytes(instructions[name].type) for name in operands)
+    found.append(
+      Collective(
+        kind=kind,
+        num_bytes=num_bytes,
+        times=times,
+        group=group,
+        op_name=instruction.op_name
+        or _op_name_nearby(module, instruction, computation),
+        computation=computation,
+        is_sparse=kind == "all-reduce"
+        and any("dynamic-update-slice" in n for n in instruction.operands),
+      )
+    )
+  return found
+
+
+def mesh_axes(group: Sequence[int], sizes: dict[str, int]) -> tuple[str, ...]:
+  """The axes of a mesh, with these sizes, along which a group extends."""
+  places = np.unravel_index(np.asarray(group), tuple(sizes.values()))
+  return tuple(
+    name
+    for name, along in zip(sizes, places, strict=True)
+    if len(np.unique(along)) > 1
+  )
+
+
+def _is_continued(computation: str, caller: str) -> bool:
+  """Whether a collective that began elsewhere is shown once more.
+
+  The TPU compiler runs some a part at a time, inside of other fusions, and
+  writes the whole of it into each of these.
+  """
+  return computation.startswith("async_collective_fusion") or caller.startswith(
+    "async-collective-done"
+  )
+
+
+def _is_scattered(instructions: dict[str, hlo.Instruction]) -> bool:
+  """Whether a fusion ends with a part of its all-reduce."""
+  root = next(i for i in instructions.values() if i.is_root)
+  while root.opcode == "bitcast":
+    root = instructions[root.operands[0]]
+  source = instructions.get(root.operands[0]) if root.operands else None
+  return (
+    root.opcode == "dynamic-slice"
+    and source is not None
+    and source.opcode == "all-reduce"
+  )
+
+
+def _op_name_nearby(module, instruction, computation) -> str:
+  """Of the fusion that it stands in, what it uses, or who uses it."""
+  instructions = module.computations[computation]
+  callers = [
+    caller
+    for others in module.computations.values()
+    for caller in others.values()
+    if caller.attribute("calls") == computation
+  ]
+  sources = []
+  for name in instruction.operands:
+    source = instructions[name]
+    while source.opcode in ("get-tuple-element", "bitcast", "copy"):
+      source = instructions[source.operands[0]]
+    sources.append(source)
+  users = [i for i in instructions.values() if instruction.name in i.operands]
+  names = (other.op_name for other in (*callers, *sources, *users))
+  return next(filter(None, names), "")
+
+
+def _group(text: str, num_devices: int) -> tuple[int, ...]:
+  """The first device's group, from any of the ways to write groups."""
+  pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
+  if pairs:
+    return _component(_numbers(pairs[1]))
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+  if listed:
+    return tuple(map(int, listed[1].split(",")))
+  # [groups,size]<=[a,b]T(1,0): numbers counted along a x b, transposed.
+  iota = re.search(
+    r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+  )
+  if iota:
+    sizes = tuple(map(int, iota[2].split(",")))
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    if iota[3]:
+      numbers = numbers.transpose(tuple(map(int, iota[3].split(","))))
+    return tuple(numbers.reshape(-1)[: int(iota[1])].tolist())
+  mesh = re.search(r"replica_groups=mesh\[([^\]]+)\](.*)", text)
+  if mesh:
+    return _mesh_group(mesh[1], mesh[2])
+  # No groups: all devices.
+  return tuple(range(num_devices))
+
+
+def _numbers(text: str) -> list[list[int]]:
+  return [
+    list(map(int, pair.split(","))) for pair in re.findall(r"\d+,\d+", text)
+  ]
+
+
+def _mesh_group(axes: str, rest: str) -> tuple[int, ...]:
+  """Of `mesh['a'=4,'b'=16] {'a'}`, or with other device ids behind a comma.
+
+  Device ids are written `device_ids=([4,16]T(1,0))`.
+  """
+  sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+  order = re.match(r",\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", rest)
+  numbers = np.arange(math.prod(sizes.values()))
+  if order:
+    rest = rest[order.end() :]
+    numbers = numbers.reshape(tuple(map(int, order[1].split(","))))
+    if order[2]:
+      numbers = numbers.transpose(tuple(map(int, order[2].split(","))))
+  along = re.match(r"\s*\{([^}]*)\}", rest)
+  # A part of an axis is written 'a':(2)4, four behind an outer two.
+  parts = {
+    name: (int(outer or 1), int(size or sizes[name]))
+    for name, outer, size in re.findall(
+      r"'([^']+)'(?::\((\d+)\)(\d+))?", along[1] if along else ""
+    )
+  }
+  shape, place = [], []
+  for name, size in sizes.items():
+    outer, inner = parts.get(name, (1, 1))
+    shape += [outer, inner, size // (outer * inner)]
+    place += [0, slice(None), 0]
+  return tuple(numbers.reshape(shape)[tuple(place)].reshape(-1).tolist())
+
+
+def _component(pairs: list[list[int]]) -> tuple[int, ...]:
+  """The devices that the first one is connected with, over any hops."""
+  if not pairs:
+    return (0,)
+  reached = set(pairs[0])
+  grown = True
+  while grown:
+    new = {n for pair in pairs if reached & set(pair) for n in pair}
+    grown = not new <= reached
+    reached |= new
+  return tuple(sorted(reached))

@@ -1,0 +1,89 @@
+"""What is sent, read from programs of both compilers."""
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dpop_jax import sharding
+from dpop_jax.planning import collectives
+
+# Instructions as the TPU compiler writes them, shortened.
+PROGRAM = (
+  pathlib.Path(__file__).parent / "programs/collectives.hlo"
+).read_text()
+SIZES = {"data": 1, "fsdp": 4, "tensor": 4}
+
+
+def test_collectives_of_the_tpu_compiler():
+  read = collectives.read(PROGRAM, 16, lambda op_name: 1)
+  size = 64 * 8 * 2
+  found = [
+    (c.kind, c.num_bytes, collectives.mesh_axes(c.group, SIZES), c.sent_bytes)
+    for c in read
+  ]
+  assert found == [
+    # Rings of 4: each device passes on three parts.
+    ("all-gather", size, ("fsdp",), 3 * size),
+    ("all-gather", size, ("fsdp", "tensor"), 15 * size),
+    ("reduce-scatter", size, ("fsdp",), 3 / 4 * size),
+    ("collective-permute", size, ("tensor",), size),
+    ("all-reduce", 2 * size, ("fsdp", "tensor"), 2 * 15 / 16 * 2 * size),
+  ]
+  names = [c.op_name for c in read]
+  # Those without a name have that of what uses them, or of their fusion.
+  assert names[:3] == ["jit(step)/gate", "jit(step)/up", "jit(step)/dot"]
+
+
+@pytest.mark.parametrize(
+  ("groups", "expected"),
+  [
+    ("{{0,2},{1,3}}", (0, 2)),
+    ("[2,2]<=[4]", (0, 1)),
+    ("[2,2]<=[2,2]T(1,0)", (0, 2)),
+    ("mesh['a'=2,'b'=2] {'b'}", (0, 1)),
+    ("mesh['a'=2,'b'=2] {'a'}", (0, 2)),
+    ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", (0, 2)),
+    # The outer and the inner half of an axis.
+    ("mesh['a'=4] {'a':(1)2}", (0, 2)),
+    ("mesh['a'=4] {'a':(2)2}", (0, 1)),
+  ],
+)
+def test_all_ways_to_write_groups(groups, expected):
+  text = (
+    "ENTRY %main (p: f32[4]) -> f32[4] {\n  %p = f32[4] parameter(0)\n"
+    f"  ROOT %r = f32[4] all-reduce(%p), replica_groups={groups}, channel_id=1"
+    "\n}\n"
+  )
+  (found,) = collectives.read(text, 4, lambda op_name: 1)
+  assert found.group == expected
+
+
+def test_collectives_of_a_program_that_was_compiled_here():
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
+  split = NamedSharding(mesh, P("fsdp", "tensor"))
+
+  @jax.jit
+  def step(x):
+    def scaled(total, _):
+      whole = jax.lax.with_sharding_constraint(
+        total, NamedSharding(mesh, P(None, "tensor"))
+      )
+      total = jax.lax.with_sharding_constraint(jnp.cumsum(whole, axis=0), split)
+      return total, None
+
+    return jax.lax.scan(scaled, x, length=5)[0]
+
+  x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
+  text = step.lower(x).compile().as_text()
+  (gather,) = collectives.read(text, mesh.size, lambda op_name: 1)
+  assert gather.kind == "all-gather"
+  assert gather.times == 5
+  assert collectives.mesh_axes(gather.group, dict(mesh.shape)) == ("fsdp",)
+  part = math.prod((64 // 4, 32 // 2)) * 4
+  assert gather.num_bytes == part
+  assert gather.step_bytes == 5 * 3 * part
