@@ -26,7 +26,7 @@ test: $(STAMP) ## Run the tests; TEST_ARGS="-k losses" picks some.
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-parity: $(PARITY_STAMP) ## Compare with transformers' models in PyTorch.
-	$(BIN)/python -m pytest tests/parity $(TEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest tests/parity $(TEST_ARGS)
 
 lint: $(STAMP) ## Check format, style, types, import layers and scripts.
 	$(BIN)/ruff format --check .

@@ -61,17 +61,26 @@ def export_hf(
   Raises:
     FileExistsError: There is something in `out`.
     FileNotFoundError: There is nothing in `source`.
-    ValueError: There is no checkpoint, or no model of Hugging Face computes
-      what this one does.
+    ValueError: There is no checkpoint, no model of Hugging Face computes what
+      this one does, or an argument is out of range.
   """
   if dtype is not None and dtype not in DTYPES:
     raise ValueError(
       f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}."
     )
-  checkpoint = model_folders.pin(source, key="--workdir")
-  if model_folders.is_hugging_face(checkpoint):
+  if max_file_bytes < 1:
+    raise ValueError(
+      f"A file of weights must hold a byte at least, got {max_file_bytes}."
+    )
+  if model_folders.is_hugging_face(source):
     raise ValueError(
       f"{source} is a Hugging Face folder already; expected a workdir."
+    )
+  checkpoint = checkpoints.newest(source)
+  if checkpoint is None:
+    raise ValueError(
+      f"There is no complete checkpoint in {source}; expected a workdir, the "
+      "folder of one of its steps, or an import."
     )
   kept = model_folders.hugging_face_files(checkpoint)
   values = model_folders.our_config(checkpoint)
@@ -80,8 +89,7 @@ def export_hf(
   usual = dtype or (stored.usual if stored else config.param_dtype)
   others = stored.others if stored and dtype is None else {}
   written = hugging_face_files.config_of(kept, values, dtype=usual)
-  # What is in a config.json that was read before is known to be allowed.
-  family, _ = families.from_hf(written, ignored_options=written.keys())
+  family = families.name_of(written)
   parts = names.parts(config, family)
   devices = sharding.make_mesh(mesh)
   config.check_mesh(devices)

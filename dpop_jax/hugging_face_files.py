@@ -23,6 +23,7 @@ from dpop_jax.models import decoder
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 _DTYPES = "dtypes.json"
 _DTYPE_KEYS = ("torch_dtype", "dtype")
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Dtypes(NamedTuple):
@@ -53,6 +54,7 @@ def keep(
 
   Raises:
     FileNotFoundError: There is no tokenizer where `data` says.
+    ValueError: A file of what it comes from is broken.
   """
   target = paths.of(folder)
   target.mkdir(parents=True, exist_ok=True)
@@ -61,8 +63,12 @@ def keep(
     source = model_folders.hugging_face_files(init_from)
     if (source / CONFIG).exists():
       paths.copy_files([CONFIG], source, target)
-    if (source / GENERATION_CONFIG).exists():
-      generation = json.loads((source / GENERATION_CONFIG).read_text())
+    generation = model_folders.read_json(source / GENERATION_CONFIG) or {}
+    if not generation and data is not None:
+      # transformers generates by these where there is no such file.
+      config = model_folders.read_json(source / CONFIG) or {}
+      generation = {k: config.get(k) for k in _TOKEN_KEYS}
+      generation = {k: v for k, v in generation.items() if v is not None}
     dtypes = dtypes_of(source)
     if model_folders.is_hugging_face(init_from):
       dtypes = stored_dtypes(source)
@@ -102,13 +108,23 @@ def write(folder: epath.PathLike, kept: epath.PathLike) -> None:
 
 def dtypes_of(kept: epath.PathLike) -> Dtypes | None:
   """Dtypes of the checkpoint that a model came from; None if from none."""
-  file = paths.of(kept) / _DTYPES
-  return Dtypes(**json.loads(file.read_text())) if file.exists() else None
+  values = model_folders.read_json(paths.of(kept) / _DTYPES)
+  return None if values is None else Dtypes(**values)
 
 
 def stored_dtypes(folder: epath.PathLike) -> Dtypes:
-  """Dtypes of the tensors in a Hugging Face folder."""
+  """Dtypes of the tensors in a Hugging Face folder.
+
+  Raises:
+    ValueError: It has no weights that can be read.
+  """
   names = {name: dtype.name for name, dtype in weights.dtypes(folder).items()}
+  if not names:
+    raise ValueError(
+      f"None of the tensors in {paths.of(folder)} is of float32, float16 or "
+      "bfloat16; if the model is quantized, dequantize it with the tool that "
+      "made it."
+    )
   ((usual, _),) = collections.Counter(names.values()).most_common(1)
   return Dtypes(usual, {n: d for n, d in names.items() if d != usual})
 
@@ -129,9 +145,8 @@ def config_of(
   Raises:
     ValueError: No family computes it.
   """
-  file = paths.of(kept) / CONFIG
-  if file.exists():
-    written = json.loads(file.read_text())
+  written = model_folders.read_json(paths.of(kept) / CONFIG)
+  if written is not None:
     keys = [key for key in _DTYPE_KEYS if key in written] or _DTYPE_KEYS[:1]
     return written | dict.fromkeys(keys, dtype)
   config = config_values.build(decoder.DecoderConfig, values["model"], "model.")
@@ -140,8 +155,7 @@ def config_of(
   written.setdefault(
     "max_position_embeddings", longest or values["batch"]["row_length"]
   )
-  tokens = paths.of(kept) / GENERATION_CONFIG
-  tokens = json.loads(tokens.read_text()) if tokens.exists() else {}
+  tokens = model_folders.read_json(paths.of(kept) / GENERATION_CONFIG) or {}
   return written | {_DTYPE_KEYS[0]: dtype} | tokens
 
 

@@ -55,37 +55,26 @@ def import_hf(
     usual = hugging_face_files.stored_dtypes(source).usual
     param_dtype = "bfloat16" if usual == "bfloat16" else "float32"
   config = decoder.DecoderConfig(**fields, param_dtype=param_dtype)
-  check_vocabulary(source, config)
+  tokenizer = model_folders.tokenizer(source)
+  if tokenizer is not None:
+    model_folders.check_vocabulary(tokenizers.load(tokenizer), config)
+  model_folders.check_weights(source, config, ignored_options=ignored_options)
   devices = sharding.make_mesh(mesh)
   config.check_mesh(devices)
   with whole_folders.new(out) as folder:
     is_primary = jax.process_index() == 0
+    # Before the weights: what is wrong with these is seen at once.
+    if is_primary:
+      hugging_face_files.keep(
+        folder / model_folders.HUGGING_FACE, init_from=source, data=None
+      )
     with progress.Transfer("weights", is_shown=is_primary) as bar:
       params = model_folders.load_params(
         source, config, devices, ignored_options=ignored_options, progress=bar
       )
     checkpoints.save_params(str(folder), params)
     if is_primary:
-      hugging_face_files.keep(
-        folder / model_folders.HUGGING_FACE, init_from=source, data=None
-      )
       # Last: says that the folder is complete.
       text = json.dumps({"model": dataclasses.asdict(config)}, indent=2)
       (folder / model_folders.CONFIG_NAME).write_text(text + "\n")
   return config
-
-
-def check_vocabulary(path: str, config: decoder.DecoderConfig) -> None:
-  """Raises ValueError if text can have tokens that the model has not.
-
-  Special tokens do not count, for nobody writes those of another use.
-  """
-  folder = model_folders.tokenizer(path)
-  if folder is None:
-    return
-  size = tokenizers.load(folder).text_vocab_size
-  if size > config.vocab_size:
-    raise ValueError(
-      f"The tokenizer in {path} has {size} tokens for text, but the model's "
-      f"vocab_size is {config.vocab_size}: they belong to different models."
-    )

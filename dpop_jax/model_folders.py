@@ -8,6 +8,7 @@ The latter two lie on disk as
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Collection
 from typing import Any
@@ -23,14 +24,8 @@ from dpop_jax.models import decoder
 CONFIG_NAME = "config.json"
 HUGGING_FACE = "hugging_face"
 USE_LONG_FACTOR = "rope_scaling.use_long_factor"
-# Fields of a DecoderConfig that are not about what model it is.
-HOW_TO_RUN = (
-  "initializer_range",
-  "dtype",
-  "param_dtype",
-  "remat",
-  USE_LONG_FACTOR,
-)
+# Keys of a section `model` that are not about what model it is.
+HOW_TO_RUN = (*families.HOW_TO_RUN, USE_LONG_FACTOR)
 
 
 def pin(path: str, *, key: str) -> str:
@@ -43,6 +38,8 @@ def pin(path: str, *, key: str) -> str:
   Raises:
     ValueError: It holds none.
   """
+  # As text of one form: with and without a slash behind, it is one run.
+  path = str(paths.of(path))
   if is_hugging_face(path):
     return path
   pinned = checkpoints.newest(path)
@@ -56,7 +53,7 @@ def pin(path: str, *, key: str) -> str:
 
 def is_hugging_face(path: str) -> bool:
   """Whether it is a folder that `transformers` reads."""
-  values = _read_json(paths.of(path) / CONFIG_NAME)
+  values = read_json(paths.of(path) / CONFIG_NAME)
   return bool(values) and bool({"model_type", "architectures"} & values.keys())
 
 
@@ -97,7 +94,7 @@ def our_config(path: str) -> dict[str, Any]:
   Raises:
     FileNotFoundError: There is none.
   """
-  values = _read_json(root(path) / CONFIG_NAME) or {}
+  values = read_json(root(path) / CONFIG_NAME) or {}
   if not isinstance(values.get("model"), dict):
     raise FileNotFoundError(
       f"Nothing in {path!r} says what model it holds; expected a Hugging Face "
@@ -116,13 +113,57 @@ def hugging_face_model(
     ValueError: The model is of no supported kind.
   """
   file = paths.of(path) / CONFIG_NAME
-  values = _read_json(file)
+  values = read_json(file)
   if values is None:
     raise FileNotFoundError(f"There is no {CONFIG_NAME} in {path!r}.")
   try:
     return families.from_hf(values, ignored_options=ignored_options)
   except ValueError as error:
     raise ValueError(f"{file}: {error}") from error
+
+
+def check_weights(
+  path: str,
+  config: decoder.DecoderConfig,
+  *,
+  ignored_options: Collection[str] = (),
+) -> None:
+  """Checks what a Hugging Face folder's headers say, before much is done.
+
+  Raises:
+    ValueError: The weights are broken, or those of another model.
+  """
+  if not is_hugging_face(path):
+    return
+  family, _ = hugging_face_model(path, ignored_options)
+  is_ignorable = functools.partial(names.is_ignorable, config=config)
+  parts = names.parts(config, family)
+  weights.check(path, parts, is_ignorable=is_ignorable)
+  embedding, copy = "model.embed_tokens.weight", "lm_head.weight"
+  if not config.tie_word_embeddings or copy not in weights.dtypes(path):
+    return
+  # `transformers` does not tie what differs, whatever config.json says.
+  if not weights.are_equal(path, embedding, copy):
+    raise ValueError(
+      f"{CONFIG_NAME} in {path} has tie_word_embeddings, but {copy} differs "
+      f"from {embedding}; set tie_word_embeddings to false there."
+    )
+
+
+def check_vocabulary(
+  tokenizer: tokenizers.Tokenizer, config: decoder.DecoderConfig
+) -> None:
+  """Raises ValueError if text can have tokens that the model has not.
+
+  Special tokens do not count, for nobody writes those of another use.
+  """
+  size = tokenizer.text_vocab_size
+  if size > config.vocab_size:
+    raise ValueError(
+      f"The tokenizer {tokenizer.name} has {size} tokens for text, but the "
+      f"model's vocab_size is {config.vocab_size}: they belong to different "
+      "models."
+    )
 
 
 def load_params(
@@ -135,7 +176,8 @@ def load_params(
 ) -> dict:
   """The parameters of a folder, on the mesh, in `config.param_dtype`.
 
-  Of a Hugging Face folder each process reads what its own devices hold.
+  Of a Hugging Face folder each process reads what its own devices hold; see
+  `check_weights` first.
 
   Raises:
     FileNotFoundError: There are no weights.
@@ -145,26 +187,13 @@ def load_params(
   if not is_hugging_face(path):
     return checkpoints.load_params(path, abstract)
   family, _ = hugging_face_model(path, ignored_options)
-  _check_tied(path, config)
   return weights.load(
     path,
     names.parts(config, family),
     abstract,
-    is_ignorable=lambda name: names.is_ignorable(name, config),
+    is_ignorable=functools.partial(names.is_ignorable, config=config),
     progress=progress,
   )
-
-
-def _check_tied(path, config):
-  """`transformers` does not tie what differs, whatever config.json says."""
-  embedding, copy = "model.embed_tokens.weight", "lm_head.weight"
-  if not config.tie_word_embeddings or copy not in weights.dtypes(path):
-    return
-  if not weights.are_equal(path, embedding, copy):
-    raise ValueError(
-      f"{CONFIG_NAME} in {path} has tie_word_embeddings, but {copy} differs "
-      f"from {embedding}; set tie_word_embeddings to false there."
-    )
 
 
 def hugging_face_files(path: str) -> epath.Path:
@@ -184,7 +213,12 @@ def tokenizer(path: str) -> str | None:
   return folder
 
 
-def _read_json(file: epath.Path) -> dict[str, Any] | None:
+def read_json(file: epath.Path) -> dict[str, Any] | None:
+  """The object in a file of a model's folder; None if there is no such file.
+
+  Raises:
+    ValueError: There is something else in it.
+  """
   if not file.exists():
     return None
   try:

@@ -114,6 +114,14 @@ def test_a_config_file_that_is_missing_is_named(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("size", ["0", "inf"])
+def test_files_of_weights_have_a_size(tmp_path, size):
+  arguments = (f"--workdir={tmp_path}", f"--out={tmp_path}/out")
+  done = run("export_hf", *arguments, f"--max_file_gb={size}")
+  assert_one_sentence(done, "--max_file_gb must be positive and finite, got")
+  assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def stopped_run(data, tmp_path_factory):
   """A run that is sent SIGTERM: its process, workdir, and arguments."""

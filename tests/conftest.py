@@ -15,6 +15,13 @@ if "JAX_PLATFORMS" not in os.environ:
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of a test's time goes into LLVM's optimisations, which come after all that
+# XLA does to a program. Also for the processes that tests start.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+jax.config.update(
+  "jax_disable_most_optimizations",
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1",
+)
 # A cache that outlives a run would hide what a change does to compilation.
 jax.config.update("jax_enable_compilation_cache", False)
 

@@ -8,9 +8,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_runs
 
-from dpop_jax import checkpoints, exports, imports, inputs, sharding, train
+from dpop_jax import (
+  checkpoints,
+  exports,
+  hugging_face_files,
+  imports,
+  inputs,
+  sharding,
+  train,
+)
 from dpop_jax import config as config_lib
 from dpop_jax.data import tokenizers
 from dpop_jax.hf import safetensors_files
@@ -81,9 +90,7 @@ def test_tensors_keep_dtypes_that_differ(source, tmp_path):
     for n, (d, s, b) in found.items()
   }
   arrays[name] = wide.reshape(shape)
-  from safetensors.numpy import save_file
-
-  save_file(arrays, mixed / "model.safetensors")
+  safetensors.numpy.save_file(arrays, mixed / "model.safetensors")
   imports.import_hf(
     str(mixed), str(tmp_path / "imported"), mesh=ONE, param_dtype="float32"
   )
@@ -145,20 +152,73 @@ def test_a_model_from_nowhere_becomes_a_family_that_computes_it(tmp_path):
   assert imported == config.model
 
 
-def test_a_copy_of_a_tied_embedding_must_be_one(tmp_path):
-  from safetensors.numpy import load_file, save_file
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_tokens_that_end_generation_stay(source, tmp_path, name):
+  """A chat model has several; older ones say them in config.json alone."""
+  folder = shutil.copytree(source, tmp_path / "several")
+  file = folder / name
+  values = json.loads(file.read_text()) if file.exists() else {}
+  file.write_text(json.dumps(values | {"eos_token_id": [5, 2]}))
+  data = tiny_runs.make_config(
+    {"train": "pairs.jsonl", "tokenizer": str(folder)}
+  ).data
+  kept = tmp_path / "kept"
+  hugging_face_files.keep(kept, init_from=str(folder), data=data)
+  generation = read_json(kept, "generation_config.json")
+  assert generation == {"bos_token_id": 1, "eos_token_id": [5, 2]}
 
+
+def test_options_that_were_ignored_do_not_stop_an_export(source, tmp_path):
+  odd = shutil.copytree(source, tmp_path / "odd")
+  values = read_json(odd, "config.json")
+  values["new_trick"] = 3
+  values["rope_scaling"] = {"rope_type": "linear", "factor": 2.0, "base": 3}
+  (odd / "config.json").write_text(json.dumps(values))
+  imported, exported = str(tmp_path / "imported"), str(tmp_path / "exported")
+  options = ("new_trick", "base")
+  imports.import_hf(str(odd), imported, mesh=ONE, ignored_options=options)
+  exports.export_hf(imported, exported, mesh=ONE)
+  assert read_json(exported, "config.json").items() >= values.items()
+
+
+def test_a_copy_of_a_tied_embedding_must_be_one(tmp_path):
   source = tiny_runs.write_model(tmp_path / "tied", tie_word_embeddings=True)
   file = tmp_path / "tied" / "model.safetensors"
-  arrays = load_file(file)
+  arrays = safetensors.numpy.load_file(file)
   arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
-  save_file(arrays, file)
+  safetensors.numpy.save_file(arrays, file)
   imports.import_hf(source, str(tmp_path / "imported"), mesh=ONE)
   arrays["lm_head.weight"][-1, -1] += 1
-  save_file(arrays, file)
+  safetensors.numpy.save_file(arrays, file)
   with pytest.raises(ValueError, match="lm_head.weight differs from model.emb"):
     imports.import_hf(source, str(tmp_path / "again"), mesh=ONE)
   assert not (tmp_path / "again").exists()
+
+
+def test_a_run_from_a_folder_that_does_not_fit_leaves_nothing(source, tmp_path):
+  def start(folder):
+    data = {"train": tiny_runs.write_rows(tmp_path / "rows", tiny_runs.PAIRS)}
+    sections = tiny_runs.make_sections(data, run__init_from=str(folder))
+    sections["model"] = {}
+    config = config_lib.from_config_dict(config_lib.config_dict(**sections))
+    train.train(config, str(tmp_path / "run"))
+
+  broken = shutil.copytree(source, tmp_path / "broken")
+  file = broken / "model.safetensors"
+  arrays = safetensors.numpy.load_file(file)
+  del arrays["model.norm.weight"]
+  safetensors.numpy.save_file(arrays, file)
+  with pytest.raises(ValueError, match="missing.* model.norm.weight"):
+    start(broken)
+  shutil.copy(pathlib.Path(source) / "model.safetensors", file)
+  vocabulary = json.loads((broken / "tokenizer.json").read_text())
+  vocabulary["model"]["vocab"] |= {chr(65 + i): 14 + i for i in range(3)}
+  (broken / "tokenizer.json").write_text(json.dumps(vocabulary))
+  with pytest.raises(
+    ValueError, match="17 tokens for text, .*vocab_size is 16"
+  ):
+    start(broken)
+  assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_are_named_and_leave_nothing(source, tmp_path):
@@ -184,9 +244,23 @@ def test_mistakes_are_named_and_leave_nothing(source, tmp_path):
     ValueError, match="17 tokens for text, .*vocab_size is 16"
   ):
     import_it(broken)
+  for broken_file, text in (
+    ("generation_config.json", "{"),
+    ("generation_config.json", "[1]"),
+    ("tokenizer_config.json", "{"),
+  ):
+    again = shutil.copytree(source, tmp_path / "again")
+    (again / broken_file).write_text(text)
+    with pytest.raises(ValueError, match=broken_file):
+      import_it(again)
+    shutil.rmtree(again)
+  file.unlink()
+  (broken / safetensors_files.INDEX).write_text('{"weight_map": {}}')
+  with pytest.raises(ValueError, match="None of the tensors in .*broken is of"):
+    import_it(broken)
   with pytest.raises(ValueError, match="is a Hugging Face folder already"):
     exports.export_hf(source, str(tmp_path / "out"), mesh=ONE)
-  with pytest.raises(ValueError, match="no complete checkpoint"):
+  with pytest.raises(ValueError, match="no complete checkp.* expected a workd"):
     exports.export_hf(str(tmp_path), str(tmp_path / "out"), mesh=ONE)
   assert [path.name for path in tmp_path.iterdir()] == ["broken"]
   (tmp_path / "out").mkdir()

@@ -342,6 +342,17 @@ def test_olmo2_norms_behind_its_layers():
     (hf("llama", sliding_window=8), ("sliding_window=8",)),
     (hf("phi3", attention_bias=True), ("attention_bias=True",)),
     (hf("llama", hidden_size="a"), ("LlamaForCausalLM", "hidden_size")),
+    # transformers lets such a model see what comes later.
+    (hf("qwen2", is_causal=False), ("is_causal=False", "True")),
+    (hf("llama", num_attention_heads=0), ("LlamaForCausalLM", "ZeroDivision")),
+    (
+      hf("phi3", rope_scaling=phi3_scaling(original_max_position_embeddings=0)),
+      ("Phi3ForCausalLM",),
+    ),
+    (hf("qwen3", rope_scaling={"full_attention": {}}), ("rope_theta",)),
+    (hf("llama") | {"architectures": "Llama"}, ("architectures='Llama'",)),
+    (hf("llama", quantization_config="gptq"), ("quantization_config",)),
+    ({"model": {}}, ("neither architectures nor a model_type",)),
   ],
 )
 def test_what_is_not_supported_is_named(hf_config, words):
@@ -359,6 +370,12 @@ def test_unknown_options_can_be_ignored_and_unsupported_ones_not():
 
 def test_an_unknown_option_that_is_off_says_nothing():
   read("mistral", new_trick=None, other_trick=False, clip_qkv=None)
+
+
+def test_lengths_that_nothing_is_computed_from_say_nothing():
+  """Such as the `seq_length` of Qwen1.5, which models made of it keep."""
+  for key in ("seq_length", "max_sequence_length", "model_max_length"):
+    assert read("llama", **{key: 2048}) == read("llama")
 
 
 def test_the_config_that_is_read_stays_as_it_is():

@@ -1,5 +1,6 @@
 """Safetensors files: rectangles out of them, and errors that name the fault."""
 
+import errno
 import json
 
 import jax.numpy as jnp
@@ -104,6 +105,16 @@ def sharded(folder):
   weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
   index = {"metadata": {}, "weight_map": weight_map}
   (folder / safetensors_files.INDEX).write_text(json.dumps(index))
+
+
+def test_a_full_disk_is_named(tmp_path):
+  def data():
+    raise OSError(errno.ENOSPC, "No space left on device")
+    yield
+
+  with pytest.raises(OSError, match="No space left on device: '.*/x'"):
+    safetensors_files.write(tmp_path / "x", {"a": ("F32", (4,))}, data())
+  assert list(tmp_path.iterdir()) == []
 
 
 def test_finds_tensors_of_all_shards(tmp_path):

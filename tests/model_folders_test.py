@@ -109,6 +109,12 @@ def test_a_workdir_says_what_its_model_is(tmp_path):
   assert pinned == str(tmp_path / "checkpoints" / "0")
 
 
+def test_a_slash_behind_a_folder_makes_no_other_run_of_it(folder, tmp_path):
+  (tmp_path / "checkpoints" / "0" / "params").mkdir(parents=True)
+  for path in (folder, str(tmp_path / "checkpoints" / "0")):
+    assert model_folders.pin(f"{path}/", key="run.init_from") == path
+
+
 def test_the_reference_may_be_another_model(folder, tmp_path):
   other = tiny_runs.write_model(tmp_path / "other", hidden_size=32)
   sections = tiny_runs.make_sections(DATA)

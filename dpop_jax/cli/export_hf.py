@@ -7,6 +7,8 @@ and the tokenizer as the run used it. DIR may also be the folder of one step, or
 what import_hf made; both may be gs:// paths.
 """
 
+import math
+
 from absl import flags
 
 from dpop_jax import processes
@@ -23,13 +25,17 @@ _DTYPE = flags.DEFINE_enum(
   "Of all weights; if not given, those of the model that the run started from.",
 )
 _MAX_FILE_GB = flags.DEFINE_float(
-  "max_file_gb", 5.0, "Size of each file of weights.", lower_bound=0.0
+  "max_file_gb", 5.0, "Size of each file of weights, unless one tensor is more."
 )
 
 
 def main() -> None:
   from dpop_jax import exports, sharding  # noqa: PLC0415 (slow to import)
 
+  if not 1e-9 <= _MAX_FILE_GB.value < math.inf:
+    raise ValueError(
+      f"--max_file_gb must be positive and finite, got {_MAX_FILE_GB.value}."
+    )
   exported = exports.export_hf(
     _WORKDIR.value,
     _OUT.value,

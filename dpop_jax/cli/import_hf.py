@@ -20,7 +20,8 @@ _PARAM_DTYPE = flags.DEFINE_enum(
   "param_dtype",
   None,
   ["float32", "bfloat16"],
-  "Of the weights as stored; that of the source if not given.",
+  "Of the weights as stored; if not given, that of the source, and float32 for "
+  "float16.",
 )
 _IGNORE_OPTIONS = flags.DEFINE_list(
   "ignore_options",

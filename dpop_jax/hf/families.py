@@ -16,7 +16,7 @@ from dpop_jax.models import decoder_config
 
 FAMILIES = architectures.FAMILIES
 # Fields of a DecoderConfig that are not about what model it is.
-_OTHER_FIELDS = ("initializer_range", "dtype", "param_dtype", "remat")
+HOW_TO_RUN = ("initializer_range", "dtype", "param_dtype", "remat")
 
 
 def from_hf(
@@ -34,10 +34,23 @@ def from_hf(
     None.
 
   Raises:
-    ValueError: The model, or an option that it has, is not supported.
+    ValueError: The model, or an option that it has, is not supported; or a
+      value is none that its key can have.
   """
-  family_name = _family_name(hf_config)
+  family_name = name_of(hf_config)
   _check_keys(hf_config, family_name, ignored_options)
+  try:
+    return family_name, _fields(hf_config, family_name, ignored_options)
+  except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+    # Such as a size of 0 that another one is divided by.
+    raise ValueError(
+      f"config.json does not describe a {FAMILIES[family_name].architecture}: "
+      f"some value in it cannot be used ({type(error).__name__}: {error})."
+    ) from error
+
+
+def _fields(hf_config, family_name, ignored_options):
+  """What `from_hf` returns beside the family; raises what values may cause."""
   completed = _completed(hf_config, family_name)
   family = FAMILIES[family_name]
   fields: dict[str, Any] = dict(family.settles)
@@ -52,7 +65,7 @@ def from_hf(
       f"{', '.join(decoder_config.ACTIVATIONS)}."
     )
   cls = decoder_config.DecoderConfig
-  return family_name, _model_fields(cls(**rope.as_floats(cls, fields)))
+  return _model_fields(cls(**rope.as_floats(cls, fields)))
 
 
 def to_hf(config: decoder_config.DecoderConfig) -> dict[str, Any]:
@@ -80,17 +93,32 @@ def to_hf(config: decoder_config.DecoderConfig) -> dict[str, Any]:
   )
 
 
-def _family_name(hf_config):
-  """The family, or a ValueError that says why there is none."""
-  if "quantization_config" in hf_config:
-    method = (hf_config["quantization_config"] or {}).get("quant_method")
+def name_of(hf_config: Mapping[str, Any]) -> str:
+  """A key of FAMILIES, from what a config.json says it is of.
+
+  Raises:
+    ValueError: It is of no supported family, or quantized.
+  """
+  quantization = hf_config.get("quantization_config")
+  if quantization is not None:
+    method = isinstance(quantization, dict) and quantization.get("quant_method")
     raise ValueError(
       f"config.json has a quantization_config (quant_method={method!r}); "
       "supported are float32, float16 and bfloat16 weights: dequantize the "
       "model with the tool that made it."
     )
-  architecture = (hf_config.get("architectures") or [None])[0]
+  names = hf_config.get("architectures") or [None]
+  if not isinstance(names, list):
+    raise ValueError(
+      f"config.json has architectures={names!r}, where a list is expected."
+    )
+  architecture = names[0]
   model_type = hf_config.get("model_type")
+  if architecture is None and model_type is None:
+    raise ValueError(
+      "config.json has neither architectures nor a model_type; expected that "
+      "of a Hugging Face model."
+    )
   if architecture is None and model_type in FAMILIES:
     return model_type
   for name, family in FAMILIES.items():
@@ -116,11 +144,12 @@ def _family_name(hf_config):
 
 def _check_keys(hf_config, family_name, ignored_options):
   family = FAMILIES[family_name]
+  required = {**keys.REQUIRED, **family.required}
   for key, value in hf_config.items():
     shown = reprlib.repr(value)  # Lists by layer would fill a screen.
-    if key in family.required:
-      if value not in family.required[key]:
-        expected = " or ".join(repr(v) for v in family.required[key])
+    if key in required:
+      if value not in required[key]:
+        expected = " or ".join(repr(v) for v in required[key])
         raise ValueError(
           f"config.json has {key}={shown}; for {family.architecture} only "
           f"{expected} is supported."
@@ -141,7 +170,7 @@ def _check_keys(hf_config, family_name, ignored_options):
       raise ValueError(
         f"config.json has {key}={shown}, which is not known for "
         f"{family.architecture}; if it does not change the model, allow it "
-        f"with --ignore_options={key}."
+        f"with --ignore_options={key} (import_hf) or run.ignored_options."
       )
 
 
@@ -262,7 +291,7 @@ def _model_fields(config):
   return {
     field.name: getattr(config, field.name)
     for field in dataclasses.fields(config)
-    if field.name not in _OTHER_FIELDS
+    if field.name not in HOW_TO_RUN
   }
 
 

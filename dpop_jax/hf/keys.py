@@ -10,6 +10,9 @@ ROPE = (
   "rope_theta",
 )
 
+# In every family: keys that may be there, and what each has to be.
+REQUIRED = {"is_causal": (True,)}
+
 # Never to be ignored, and why.
 UNSUPPORTED = {
   "clip_qkv": "queries, keys and values are not clipped",
@@ -40,6 +43,10 @@ HARMLESS = frozenset(
     "pad_token_id",
     "sep_token_id",
     "unk_token_id",
+    # Lengths of the texts that it was trained on; nothing is computed from it.
+    "max_sequence_length",
+    "model_max_length",
+    "seq_length",
     # Each tensor's dtype stands in its file, and ours is the user's choice.
     "dtype",
     "torch_dtype",

@@ -66,7 +66,8 @@ def from_hf(
         raise ValueError(
           f"config.json has {key}={value!r} among its rope parameters, which "
           f"rope type {rope_type!r} does not use here; if it does not change "
-          f"the model, allow it with --ignore_options={key}."
+          f"the model, allow it with --ignore_options={key} (import_hf) or "
+          "run.ignored_options."
         )
   if rope_type == "yarn":
     _complete_yarn(fields, parameters, max_position_embeddings)

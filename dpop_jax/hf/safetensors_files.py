@@ -221,8 +221,11 @@ def write(
     assert written == end, (written, end)
     if not is_remote:
       temporary.replace(path)
-  except BaseException:
+  except BaseException as error:
     temporary.unlink(missing_ok=True)
+    # A full disk does not say which one it is.
+    if isinstance(error, OSError) and error.filename is None:
+      error.filename = os.fspath(path)
     raise
 
 

@@ -98,6 +98,17 @@ def load(
   return _like(abstract_params, arrays)
 
 
+def check(
+  folder: str | os.PathLike,
+  parts: Sequence[names.Part],
+  *,
+  is_ignorable: Callable[[str], bool],
+) -> None:
+  """Raises the ValueErrors of `load` that the headers of a folder tell."""
+  tensors = safetensors_files.tensors(folder)
+  correspondence.check_tensors(folder, tensors, parts, is_ignorable)
+
+
 def dtypes(folder: str | os.PathLike) -> dict[str, np.dtype]:
   """Of each tensor in a folder, by name; those that can be read.
 
