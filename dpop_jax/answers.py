@@ -1,10 +1,13 @@
 """Text that a run's newest checkpoint continues prompts with."""
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 
 import jax
 
-from dpop_jax import checkpoints, generate, program, sharding
+from dpop_jax import checkpoints, generate, program, saved_config, sharding
 from dpop_jax import config as config_lib
 from dpop_jax.data import tokenization, tokenizers
 from dpop_jax.models import decoder
@@ -39,6 +42,15 @@ def generate_answers(
     ValueError: There is no checkpoint, the mesh does not divide the model, or
       a prompt cannot be encoded.
   """
+  saved_config.check_started_alike(
+    config,
+    **{
+      "--prompts": _digest(prompts),
+      "--seed": seed,
+      "--batch_size": batch_size,
+    },
+    **dataclasses.asdict(sampling),
+  )
   program.use_compilation_cache(config)
   mesh = sharding.make_mesh(config.mesh)
   config.model.check_mesh(mesh)
@@ -69,6 +81,10 @@ def generate_answers(
     _decode(prompt, answer, tokenizer)
     for prompt, answer in zip(encoded, answers, strict=True)
   ]
+
+
+def _digest(prompts):
+  return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:8]
 
 
 def _decode(prompt, answer, tokenizer):

@@ -2,7 +2,14 @@
 
 import dataclasses
 
-from dpop_jax import checkpoints, inputs, sharding, steps
+from dpop_jax import (
+  checkpoints,
+  exchange,
+  inputs,
+  saved_config,
+  sharding,
+  steps,
+)
 from dpop_jax import config as config_lib
 from dpop_jax import metrics as metrics_lib
 from dpop_jax import program as program_lib
@@ -27,7 +34,10 @@ class Evaluator:
       seed=0,
       num_steps=-(-len(pairs) // batch.batch_size),
       is_shuffled=False,
+      share=exchange.share,
     )
+    self._num_rows = batch.rows_per_microbatch
+    self._rows = program_lib.local_rows(program, self._num_rows)
     self._step = program_lib.compile_step(
       program.eval_step,
       program,
@@ -41,8 +51,10 @@ class Evaluator:
     """Means over all pairs, by metric name."""
     total: steps.Metrics = {}
     for step in range(self._plan.num_steps):
-      planned = self._plan.step(step)
-      batch = program_lib.put_batch(self._program, planned.batch)
+      planned = self._plan.step(step, self._rows)
+      batch = program_lib.put_batch(
+        self._program, planned.batch, num_rows=self._num_rows
+      )
       report = self._step(params, reference, batch, planned.num_microbatches)
       total = metrics_lib.merge(total, report) if total else report
     return metrics_lib.means(total)
@@ -65,7 +77,7 @@ def evaluate_run(
   Raises:
     FileNotFoundError: A file is missing.
     ValueError: There is no checkpoint, or nothing is held out, or config, data
-      and mesh do not fit together.
+      and mesh do not fit together, or the processes were not started alike.
   """
   if data is not None:
     section = dataclasses.replace(
@@ -77,6 +89,7 @@ def evaluate_run(
       f"The run in {workdir} held nothing out (data.eval, "
       "data.num_eval_pairs); name pairs to score with --data."
     )
+  saved_config.check_started_alike(config)
   program_lib.use_compilation_cache(config)
   mesh = sharding.make_mesh(config.mesh)
   num_shards = sharding.num_row_shards(mesh)
@@ -96,5 +109,6 @@ def evaluate_run(
   if program.abstract_reference is not None:
     reference = inputs.load_reference(config, mesh)
   loaded = inputs.load_data(config, workdir)
+  exchange.check_equal({"data": saved_config.digests(loaded)})
   pairs = loaded.eval if data is None else loaded.train
   return Evaluator(program, pairs, batch)(params, reference)

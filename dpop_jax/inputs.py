@@ -6,13 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from dpop_jax import config as config_lib
-from dpop_jax import config_values, model_folders, paths, progress, steps
-from dpop_jax.data import dataset
+from dpop_jax import (
+  config_values,
+  exchange,
+  model_folders,
+  paths,
+  progress,
+  steps,
+)
+from dpop_jax.data import dataset, tokenizers
 from dpop_jax.models import decoder
 
 
 def load_data(config: config_lib.Config, workdir: str) -> dataset.Loaded:
   """The pairs of a run, tokenised once for all its starts.
+
+  Of several processes the first one goes ahead. The others open what it has
+  kept, or do the same where they do not see its files.
 
   Args:
     config: Of the run.
@@ -26,18 +36,25 @@ def load_data(config: config_lib.Config, workdir: str) -> dataset.Loaded:
   if data_config.cache_dir is None:
     cache_dir = str(paths.of(workdir) / "tokens")
     data_config = dataclasses.replace(data_config, cache_dir=cache_dir)
-  data = dataset.load(
-    data_config,
-    is_sft=config.loss.name == "sft",
-    row_length=config.batch.row_length,
+  data = exchange.after_first(
+    lambda: dataset.load(
+      data_config,
+      is_sft=config.loss.name == "sft",
+      row_length=config.batch.row_length,
+    )
   )
   for name, pairs in (("train", data.train), ("eval", data.eval)):
     largest = int(pairs.tokens.max()) if pairs is not None else 0
     if largest >= config.model.vocab_size:
       raise ValueError(
         f"data.{name} holds token {largest}, but model.vocab_size is "
-        f"{config.model.vocab_size}; raise it to the tokenizer's "
-        f"{data.report['tokenizer']['vocab_size']} or more."
+        f"{config.model.vocab_size}; "
+        + (
+          "take the tokenizer of the model in run.init_from."
+          if config.run.init_from is not None
+          else "raise it to the tokenizer's "
+          f"{data.report['tokenizer']['vocab_size']} or more."
+        )
       )
   return data
 
@@ -60,18 +77,37 @@ def pin_models(config: config_lib.Config) -> config_lib.Config:
   return config
 
 
-def check_same_model(config: config_lib.Config) -> None:
-  """Checks that `run.init_from` holds the model that it is loaded as.
-
-  Parameters of one shape are of different models where `model.rope_theta`
-  differs, say. A checkpoint that is in no workdir is taken as it is.
+def check_start(config: config_lib.Config) -> None:
+  """Checks what policy and reference start from, before anything is written.
 
   Raises:
-    ValueError: They are different models.
+    ValueError: `run.init_from` holds another model than it is loaded as, or
+      the weights or the tokenizer of a Hugging Face folder do not fit.
   """
-  path = config.run.init_from
+  path, ignored = config.run.init_from, config.run.ignored_options
+  for folder, model in (
+    (path, config.model),
+    (config.reference.init_from, config_lib.reference_model(config)),
+  ):
+    if folder is not None:
+      model_folders.check_weights(folder, model, ignored_options=ignored)
   if path is None:
     return
+  _check_same_model(config)
+  if model_folders.is_hugging_face(path):
+    data = config.data
+    tokenizer = tokenizers.load(
+      data.tokenizer, bos_token=data.bos_token, eos_token=data.eos_token
+    )
+    model_folders.check_vocabulary(tokenizer, config.model)
+
+
+def _check_same_model(config):
+  """Parameters of one shape are of different models where rope_theta differs.
+
+  A checkpoint that is in no workdir is taken as it is.
+  """
+  path = config.run.init_from
   try:
     saved = model_folders.architecture(path, config.run.ignored_options)
   except FileNotFoundError:

@@ -1,8 +1,15 @@
 """The config and the data of a run, beside its checkpoints: what made them."""
 
 import json
+from typing import Any
 
-from dpop_jax import atomic_files, checkpoints, config_values, paths
+from dpop_jax import (
+  atomic_files,
+  checkpoints,
+  config_values,
+  exchange,
+  paths,
+)
 from dpop_jax import config as config_lib
 from dpop_jax.data import dataset
 
@@ -46,6 +53,20 @@ def load(workdir: str) -> config_lib.Config:
     ) from None
   except ValueError as error:
     raise ValueError(f"{path} cannot be used: {error}") from error
+
+
+def check_started_alike(config: config_lib.Config, **others: Any) -> None:
+  """Checks that all processes of this run have the same config and code.
+
+  Args:
+    config: Of this process.
+    others: What else should be the same; what JSON can say.
+
+  Raises:
+    ValueError: They do not.
+  """
+  values = config_values.flatten(config_lib.to_dict(config))
+  exchange.check_equal(values | others)
 
 
 def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
@@ -102,7 +123,7 @@ def check_same_data(data: dataset.Loaded, workdir: str) -> None:
     return
   changed = [
     f"data.{name}"
-    for name, digest in _digests(data).items()
+    for name, digest in digests(data).items()
     if _read(path).get(name) != digest
   ]
   if changed:
@@ -115,11 +136,12 @@ def check_same_data(data: dataset.Loaded, workdir: str) -> None:
 
 def save_data(data: dataset.Loaded, workdir: str) -> None:
   """Writes `workdir`/data.json for `check_same_data`."""
-  text = json.dumps(_digests(data), indent=2)
+  text = json.dumps(digests(data), indent=2)
   atomic_files.write_text(paths.of(workdir) / DATA_FILE_NAME, text + "\n")
 
 
-def _digests(data: dataset.Loaded) -> dict[str, str | None]:
+def digests(data: dataset.Loaded) -> dict[str, str | None]:
+  """Hashes of the pairs to train on and of those held out, if there are any."""
   return {
     "train": data.train.digest(),
     "eval": None if data.eval is None else data.eval.digest(),

@@ -10,6 +10,7 @@ import numpy as np
 from dpop_jax import (
   checkpoints,
   evaluate,
+  exchange,
   hugging_face_files,
   inputs,
   metric_writers,
@@ -52,26 +53,40 @@ def train(config: config_lib.Config, workdir: str) -> Result:
 
   Raises:
     FileNotFoundError: A file of the config is missing.
-    ValueError: The config, the data and the mesh do not fit together, or the
-      workdir holds another run.
+    ValueError: The config, the data and the mesh do not fit together, the
+      workdir holds another run, or the processes were not started alike.
     FloatingPointError: Something went non-finite.
   """
+  saved_config.check_started_alike(config)
   config = inputs.pin_models(config)
-  inputs.check_same_model(config)
+  inputs.check_start(config)
   reference_model = config_lib.reference_model(config)
   differences = saved_config.check_same_run(config, workdir)
   program_lib.use_compilation_cache(config)
   mesh = sharding.make_mesh(config.mesh)
   # Before the data is read: whatever can be refused is refused early.
   program_lib.check(config, mesh, reference_model=reference_model)
+  exchange.check_shared(workdir)
   data = inputs.load_data(config, workdir)
   saved_config.check_same_data(data, workdir)
   num_steps = config.run.steps_for(len(data.train), config.batch.batch_size)
   program = program_lib.make_program(
     config, mesh, num_steps=num_steps, reference_model=reference_model
   )
+  exchange.check_equal(
+    {
+      "data": saved_config.digests(data),
+      "run.init_from": config.run.init_from,
+      "reference.init_from": config.reference.init_from,
+      "the newest checkpoint": checkpoints.newest(workdir),
+    }
+  )
   plan = plan_lib.Plan(
-    data.train, config.batch, seed=config.run.seed, num_steps=num_steps
+    data.train,
+    config.batch,
+    seed=config.run.seed,
+    num_steps=num_steps,
+    share=exchange.share,
   )
   is_primary = jax.process_index() == 0
   if is_primary:
@@ -153,11 +168,13 @@ def _run(
   )
   log.restart_clock()
   is_complete = True
+  num_rows = config.batch.rows_per_microbatch
+  rows = program_lib.local_rows(program, num_rows)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
     def prepare(step):
-      planned = plan.step(step)
-      batch = program_lib.put_batch(program, planned.batch)
+      planned = plan.step(step, rows)
+      batch = program_lib.put_batch(program, planned.batch, num_rows=num_rows)
       return planned._replace(batch=None), batch
 
     upcoming = pool.submit(prepare, step)

@@ -7,7 +7,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from dpop_jax import paths
+from dpop_jax import exchange, paths
 
 
 @contextlib.contextmanager
@@ -26,8 +26,11 @@ def new(path: epath.PathLike) -> Iterator[epath.Path]:
 
   Raises:
     FileExistsError: There is something at `path`.
+    ValueError: The processes mean different folders.
   """
   target = paths.absolute(path)
+  exchange.check_equal({"the folder to make": str(target)})
+  exchange.check_shared(target.parent)
   is_remote = paths.is_remote(target)
   draft = target if is_remote else target.parent / f".{target.name}.draft"
   is_primary = jax.process_index() == 0

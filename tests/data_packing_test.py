@@ -78,6 +78,34 @@ def test_every_step_trains_on_exactly_batch_size_pairs_of_one_shape():
   assert shapes == {empty}
 
 
+@pytest.mark.parametrize("rows", [[0], [1], [0, 2]])
+def test_some_rows_of_a_step_are_those_of_all_and_read_nothing_else(rows):
+  config = plan.BatchConfig(batch_size=8, row_length=64, rows_per_microbatch=3)
+  pairs = make_pairs(21)
+  the_plan = plan.Plan(pairs, config, seed=1, num_steps=3)
+  read = []
+
+  class Watched(dataset.TokenPairs):
+    def __getitem__(self, index):
+      read.append(index)
+      return super().__getitem__(index)
+
+  watched = plan.Plan(
+    Watched(pairs.tokens, pairs.offsets), config, seed=1, num_steps=3
+  )
+  for step in range(3):
+    read.clear()
+    whole, some = the_plan.step(step), watched.step(step, rows)
+    assert whole[1:] == some[1:]
+    for a, b in zip(whole.batch, some.batch, strict=True):
+      np.testing.assert_array_equal(a[:, rows], b, strict=True)
+    assert sorted(read) == sorted(some.batch.pair_ids[some.batch.pair_ids >= 0])
+    # The trees' tokens are counted without being built.
+    index = np.arange(config.row_length)
+    is_used = whole.batch.visible_until > index
+    assert whole.num_tokens == is_used.sum()
+
+
 def test_epochs_go_through_all_pairs_and_shuffle_anew():
   the_plan = plan.Plan(make_pairs(20), CONFIG, seed=1, num_steps=5)
   drawn = np.concatenate([the_plan.pair_ids(step) for step in range(5)])

@@ -92,9 +92,13 @@ class TokenPairs:
       digest.update(np.ascontiguousarray(array_).data)
     return digest.hexdigest()
 
-  def lengths(self) -> np.ndarray:
-    """Tokens of prompt, chosen and rejected: int64 [num_pairs, 3]."""
-    return np.diff(self.offsets, axis=1)
+  def lengths(self, ids: np.ndarray | None = None) -> np.ndarray:
+    """Tokens of prompt, chosen and rejected: int64 [pairs, 3].
+
+    Args:
+      ids: Which pairs; all if not given.
+    """
+    return np.diff(self.offsets if ids is None else self.offsets[ids], axis=1)
 
 
 class Loaded(NamedTuple):

@@ -2,12 +2,14 @@
 
 The plan is a pure function of the token pairs, the seed and the step. It knows
 nothing of hosts or devices, so a run resumes at any step, on any number of
-hosts, without state.
+hosts, without state. A host that needs some rows of a step only asks for these,
+and only their pairs are read.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +47,8 @@ class PlannedStep(NamedTuple):
   """One update's input.
 
   Attributes:
-    batch: PackedBatch of NumPy arrays [microbatches, rows, ...].
+    batch: PackedBatch of NumPy arrays [microbatches, rows, ...], of the rows
+      that were asked for; what follows is of all.
     num_microbatches: How many of them hold anything.
     num_rows: Rows that hold anything.
     num_tokens: Tokens of all the trees.
@@ -59,6 +62,39 @@ class PlannedStep(NamedTuple):
   num_tokens: int
   num_sequence_tokens: int
   num_answer_tokens: int
+
+
+class _Layout(NamedTuple):
+  """Which pairs are in which tree and row of a step.
+
+  Attributes:
+    pair_ids: int32 [pairs], tree by tree.
+    tree_ends: int32 [trees]; where the pairs of each tree end.
+    row_ends: int32 [rows]; where the trees of each row end.
+    num_tokens: Of all the trees.
+  """
+
+  pair_ids: np.ndarray
+  tree_ends: np.ndarray
+  row_ends: np.ndarray
+  num_tokens: int
+
+  def row(self, number: int) -> list[list[int]]:
+    """The pairs of each tree of a row; none of a row beyond the last."""
+    if number >= len(self.row_ends):
+      return []
+    first, end = (
+      self.row_ends[i - 1] if i else 0 for i in (number, number + 1)
+    )
+    starts = np.append(np.int32(0), self.tree_ends)
+    return [
+      self.pair_ids[starts[tree] : starts[tree + 1]].tolist()
+      for tree in range(first, end)
+    ]
+
+
+def _call_for_each(function: Callable, items: Iterable) -> list:
+  return [function(item) for item in items]
 
 
 class Plan:
@@ -77,8 +113,9 @@ class Plan:
     seed: int,
     num_steps: int,
     is_shuffled: bool = True,
+    share: Callable[[Callable, Iterable], list] = _call_for_each,
   ):
-    """Lays out all steps once to find the static shapes.
+    """Lays out all steps, which also finds the static shapes.
 
     Args:
       pairs: The data set.
@@ -87,6 +124,8 @@ class Plan:
       num_steps: Steps that will be asked for.
       is_shuffled: If false, pairs come once, in their order, and the last step
         may be smaller (evaluation).
+      share: Calls a function for each of some numbers; `exchange.share` lets
+        each process lay out, and so read, a part of the steps.
 
     Raises:
       ValueError: The data set is empty, or a pair does not fit a row.
@@ -97,15 +136,18 @@ class Plan:
     self._is_shuffled = is_shuffled
     self.num_steps = num_steps
     most = packing.Capacity(config.row_length, 1, 1, 1)
-    num_rows = 1
-    for step in range(num_steps):
-      rows = [
-        [forests.count_tree([self._pairs[i] for i in ids]) for ids in row]
-        for row in self._rows(step)
-      ]
-      needed = packing.needed_capacity(rows, config.row_length)
+    self._layouts: list[_Layout] = []
+    for rows, num_tokens, needed in share(self._lay_out, range(num_steps)):
       most = packing.Capacity(*map(max, most, needed))
-      num_rows = max(num_rows, len(rows))
+      trees = [tree for row in rows for tree in row]
+      layout = _Layout(
+        np.array([i for tree in trees for i in tree], np.int32),
+        np.cumsum([len(tree) for tree in trees], dtype=np.int32),
+        np.cumsum([len(row) for row in rows], dtype=np.int32),
+        num_tokens,
+      )
+      self._layouts.append(layout)
+    num_rows = max((len(x.row_ends) for x in self._layouts), default=1)
     self.capacity = most
     self.max_microbatches = -(-num_rows // config.rows_per_microbatch)
 
@@ -130,36 +172,48 @@ class Plan:
     shape = (self.max_microbatches, self._config.rows_per_microbatch)
     return packing.empty_rows(shape, self.capacity)
 
-  def step(self, step: int) -> PlannedStep:
-    """The input of one update."""
-    rows = [
-      [forests.build_tree([self._pairs[i] for i in ids], ids) for ids in row]
-      for row in self._rows(step)
-    ]
+  def step(
+    self, step: int, rows: Sequence[int] | np.ndarray | None = None
+  ) -> PlannedStep:
+    """The input of one update.
+
+    Args:
+      step: Number of the update, from 0.
+      rows: Rows of every microbatch to build, if not all.
+    """
+    layout = self._layouts[step]
     per_microbatch = self._config.rows_per_microbatch
-    shape = (self.max_microbatches, per_microbatch)
-    padding = [[]] * (self.max_microbatches * per_microbatch - len(rows))
-    flat = packing.pack_rows([*rows, *padding], self.capacity)
+    rows = np.arange(per_microbatch) if rows is None else np.asarray(rows)
+    numbers = np.arange(self.max_microbatches)[:, None] * per_microbatch + rows
+    flat = packing.pack_rows(
+      [
+        [self._build_tree(ids) for ids in layout.row(number)]
+        for number in numbers.ravel().tolist()
+      ],
+      self.capacity,
+    )
     batch = pairs_lib.PackedBatch(
-      *(array.reshape(shape + array.shape[1:]) for array in flat)
+      *(array.reshape(numbers.shape + array.shape[1:]) for array in flat)
     )
-    pairs = [self._pairs[i] for i in self.pair_ids(step).tolist()]
-    answers = [a for pair in pairs for a in (pair.chosen, pair.rejected)]
-    num_prompt_tokens = sum(
-      len(pair.prompt) * (1 + bool(len(pair.rejected))) for pair in pairs
-    )
-    num_answer_tokens = sum(map(len, answers))
+    # int64 [pairs]; without a look at the tokens.
+    prompts, chosen, rejected = self._pairs.lengths(layout.pair_ids).T
+    num_answer_tokens = int(chosen.sum() + rejected.sum())
+    num_prompt_tokens = int((prompts * np.where(rejected > 0, 2, 1)).sum())
+    num_rows = len(layout.row_ends)
     return PlannedStep(
       batch=batch,
-      num_microbatches=-(-len(rows) // per_microbatch),
-      num_rows=len(rows),
-      num_tokens=sum(len(tree.tokens) for row in rows for tree in row),
+      num_microbatches=-(-num_rows // per_microbatch),
+      num_rows=num_rows,
+      num_tokens=layout.num_tokens,
       num_sequence_tokens=num_prompt_tokens + num_answer_tokens,
       num_answer_tokens=num_answer_tokens,
     )
 
-  def _rows(self, step: int) -> list[list[list[int]]]:
-    """The pairs of each tree of each row of a step."""
+  def _build_tree(self, ids: list[int]) -> forests.Tree:
+    return forests.build_tree([self._pairs[i] for i in ids], ids)
+
+  def _lay_out(self, step: int) -> list[Any]:
+    """The pairs of each tree of each row, their tokens, and what rows need."""
     ids = self.pair_ids(step).tolist()
     pairs = [self._pairs[i] for i in ids]
     row_length = self._config.row_length
@@ -170,9 +224,15 @@ class Plan:
       groups, sizes = forests.group_into_trees(
         pairs, row_length=row_length, min_shared_tokens=min_shared_tokens
       )
-      choices.append((groups, packing.pack(sizes, row_length)))
-    groups, rows = min(choices, key=lambda choice: len(choice[1]))
-    return [[[ids[i] for i in groups[g]] for g in row] for row in rows]
+      choices.append((groups, sizes, packing.pack(sizes, row_length)))
+    groups, sizes, rows = min(choices, key=lambda choice: len(choice[2]))
+    counts = [
+      [forests.count_tree([pairs[i] for i in groups[g]]) for g in row]
+      for row in rows
+    ]
+    needed = packing.needed_capacity(counts, row_length)
+    by_row = [[[ids[i] for i in groups[g]] for g in row] for row in rows]
+    return [by_row, sum(sizes), list(needed)]
 
   @functools.lru_cache(maxsize=2)  # noqa: B019 (a plan lives as long as a run)
   def _order(self, epoch: int) -> np.ndarray:
