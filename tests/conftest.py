@@ -15,8 +15,8 @@ if "JAX_PLATFORMS" not in os.environ:
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of a test's time goes into LLVM's optimisations, which come after all that
-# XLA does to a program. Also for the processes that tests start.
+# Most of a test's time goes into LLVM's optimisations, which come after all
+# that XLA does to a program. Also for the processes that tests start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update(
   "jax_disable_most_optimizations",
