@@ -7,6 +7,7 @@ refused here.
 
 import copy
 import dataclasses
+import os
 import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -181,6 +182,8 @@ def _read_keys(family):
 
 def _completed(hf_config, family_name):
   """transformers' config, with its defaults, of the keys that matter."""
+  # Else it says at every start that PyTorch, which nobody needs, is missing.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
   from huggingface_hub import errors
 
