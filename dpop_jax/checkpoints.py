@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import logging
 import signal
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,14 +24,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from dpop_jax import paths
+from dpop_jax import name_lists, paths
 
 PyTree = Any  # Of jax.Array, or of jax.ShapeDtypeStruct where it is abstract.
 
 FOLDER = "checkpoints"
 PARAMS, TRAINING = "params", "training"
-# An error about a whole model should still be one sentence.
-_MAX_NAMES_IN_ERROR = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,7 +294,7 @@ def _check_fits(
   if homeless:
     raise ValueError(
       f"To load {item} of {directory}, each array asked for needs a sharding; "
-      f"there is none for {_listed(homeless)}."
+      f"there is none for {name_lists.listed(homeless)}."
     )
   common = [name for name in wanted if name in saved]
   differences = {
@@ -315,20 +312,17 @@ def _check_fits(
     ),
   }
   found = {kind: list(names) for kind, names in differences.items()}
-  told = [f"{kind}: {_listed(names)}" for kind, names in found.items() if names]
+  told = [
+    f"{kind}: {name_lists.listed(names)}"
+    for kind, names in found.items()
+    if names
+  ]
   if told:
     raise ValueError(
       f"The {item} saved in {directory} are not those of this config; "
       f"{'; '.join(told)}. Use the config they were saved with, or another "
       "checkpoint."
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-  names = list(names)
-  more = len(names) - _MAX_NAMES_IN_ERROR
-  text = ", ".join(names[:_MAX_NAMES_IN_ERROR])
-  return f"{text} and {more} more" if more > 0 else text
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:

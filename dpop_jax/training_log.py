@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpop_jax import config as config_lib
-from dpop_jax import metric_writers, progress, steps
+from dpop_jax import metric_writers, name_lists, progress, steps
 from dpop_jax import metrics as metrics_lib
 from dpop_jax import program as program_lib
 from dpop_jax.data import plan as plan_lib
@@ -18,7 +18,6 @@ from dpop_jax.data import plan as plan_lib
 # Policy and reference start equal. What their loss may be off by, relative to
 # what it should be or to 1, whichever is larger, by the dtype of activations.
 _INITIAL_LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-3}
-_MAX_NAMES_IN_ERROR = 4
 
 
 class TrainingLog:
@@ -201,9 +200,6 @@ def _names(tree) -> list[str]:
 
 
 def _not_finite(step: int, what: str, names: list[str]) -> FloatingPointError:
-  num_more = len(names) - _MAX_NAMES_IN_ERROR
-  listed = ", ".join(names[:_MAX_NAMES_IN_ERROR])
-  listed += f" and {num_more} more" if num_more > 0 else ""
   advice = (
     "Nothing of it was saved; lower optimizer.peak_learning_rate or set "
     "optimizer.max_grad_norm, in another --workdir."
@@ -211,5 +207,5 @@ def _not_finite(step: int, what: str, names: list[str]) -> FloatingPointError:
     else "That is what the run starts from; check run.init_from."
   )
   return FloatingPointError(
-    f"{what} step {step} is not finite: {listed}. {advice}"
+    f"{what} step {step} is not finite: {name_lists.listed(names)}. {advice}"
   )

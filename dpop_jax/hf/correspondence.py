@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from dpop_jax import name_lists
 from dpop_jax.hf import names, safetensors_files
 
 
@@ -43,7 +44,7 @@ def check_parts(
   if homeless:
     raise ValueError(
       "Each parameter needs a NamedSharding; there is none for "
-      f"{safetensors_files.listed(homeless)}."
+      f"{name_lists.listed(homeless)}."
     )
   found: dict[tuple[str, ...], dict[tuple[int, ...], tuple[int, ...]]] = {}
   for part in parts:
@@ -65,7 +66,7 @@ def check_parts(
   if told:
     raise ValueError(
       "Hugging Face's tensors and the parameters do not correspond: "
-      f"{safetensors_files.listed(told)}."
+      f"{name_lists.listed(told)}."
     )
 
 
@@ -96,7 +97,7 @@ def check_tensors(
   }
   found = {kind: list(names) for kind, names in differences.items()}
   told = [
-    f"{kind}: {safetensors_files.listed(names)}"
+    f"{kind}: {name_lists.listed(names)}"
     for kind, names in found.items()
     if names
   ]

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dpop_jax import paths
+from dpop_jax import name_lists, paths
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,6 @@ _MIN_RUN_BYTES = 4096
 _SCRATCH_BYTES = 2**20
 # What a remote file returns at once, beside the array that it is copied to.
 _REMOTE_PIECE_BYTES = 4 * 2**20
-_MAX_NAMES_IN_ERROR = 4
 
 Range = tuple[int, int]  # First index and the one after the last.
 
@@ -89,8 +88,8 @@ def tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
   missing = [file for file in files if not (path / file).exists()]
   if missing:
     raise ValueError(
-      f"{INDEX} in {path} names files that are not there: {listed(missing)}; "
-      "copy or download them again."
+      f"{INDEX} in {path} names files that are not there: "
+      f"{name_lists.listed(missing)}; copy or download them again."
     )
   headers = {file: _header(path / file) for file in files}
   homeless = [n for n, file in weight_map.items() if n not in headers[file]]
@@ -98,7 +97,7 @@ def tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
     told = (f"{name} in {weight_map[name]}" for name in homeless)
     raise ValueError(
       f"{INDEX} in {path} names tensors that are not in their files: "
-      f"{listed(told)}; the index belongs to other files."
+      f"{name_lists.listed(told)}; the index belongs to other files."
     )
   found = {name: t for header in headers.values() for name, t in header.items()}
   return found | {name: headers[f][name] for name, f in weight_map.items()}
@@ -229,14 +228,6 @@ def write(
     raise
 
 
-def listed(names: Iterable[str]) -> str:
-  """A few of the names; an error about a model should be one sentence."""
-  names = list(names)
-  more = len(names) - _MAX_NAMES_IN_ERROR
-  text = ", ".join(names[:_MAX_NAMES_IN_ERROR])
-  return f"{text} and {more} more" if more > 0 else text
-
-
 def _run_bytes(shape, ranges, out) -> int:
   """Bytes of the rectangle that lie together in the file."""
   run = out.itemsize
@@ -258,7 +249,7 @@ def _no_weights(path: epath.Path) -> str:
     )
   return (
     f"There are no weights in {path}: expected {SINGLE} or {INDEX}, found "
-    f"{listed(names) or 'nothing'}."
+    f"{name_lists.listed(names) or 'nothing'}."
   )
 
 
