@@ -27,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 from dpop_jax import name_lists, paths
 
 PyTree = Any  # Of jax.Array, or of jax.ShapeDtypeStruct where it is abstract.
+Notes = dict[str, Any]  # As JSON has it.
 
 FOLDER = "checkpoints"
 PARAMS, TRAINING = "params", "training"
@@ -103,12 +104,17 @@ class Checkpoints:
     every = self._save_every_steps
     return every is not None and step > 0 and step % every == 0
 
-  def save(self, step: int, state: PyTree) -> None:
+  def save(self, step: int, state: PyTree, notes: Notes | None = None) -> None:
     """Saves in the background; older checkpoints beyond `keep` go afterwards.
 
     Returns once the arrays are copied to the host, so the caller may donate
     them to the next train step at once. Waits for the previous save if that is
     still being written. A step that is already saved is left as it is.
+
+    Args:
+      step: Updates made.
+      state: What they led to.
+      notes: What else a continued run needs, see `notes`.
 
     Raises:
       ValueError: A later step is already saved.
@@ -123,8 +129,16 @@ class Checkpoints:
         f"already holds step {latest}; resume from that or use another workdir."
       )
     self._under_way = self._checkpointer.save_checkpointables_async(
-      step, _split(state), force=True
+      step, _split(state), force=True, custom_metadata=notes
     )
+
+  def notes(self) -> Notes:
+    """What was noted beside the newest checkpoint; empty if nothing was."""
+    step = self.latest_step()
+    if step is None:
+      return {}
+    saved = self._checkpointer.checkpointables_metadata(step)
+    return saved.custom_metadata or {}
 
   def restore(self, abstract_state: PyTree) -> PyTree:
     """The newest checkpoint, bit for bit, born sharded as asked.

@@ -122,6 +122,7 @@ def train(config: config_lib.Config, workdir: str) -> Result:
       else:
         evaluator = evaluate.Evaluator(program, data.eval, config.batch)
       log = training_log.TrainingLog(config, program, plan, writer, bar)
+      log.continue_from(saved.notes())
       result = _run(
         config,
         program,
@@ -203,8 +204,7 @@ def _run(
       if is_save_due:
         # The report tells of the state before the update.
         log.check_state(step, state)
-        log.keep()
-        saved.save(step, state)
+        saved.save(step, state, log.keep())
       if is_stopped and not is_last:
         upcoming.cancel()
         is_complete = False

@@ -6,18 +6,22 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dpop_jax import checkpoints, metric_writers, name_lists, progress, steps
 from dpop_jax import config as config_lib
-from dpop_jax import metric_writers, name_lists, progress, steps
 from dpop_jax import metrics as metrics_lib
+from dpop_jax import pairs as pairs_lib
 from dpop_jax import program as program_lib
 from dpop_jax.data import plan as plan_lib
 
 # Policy and reference start equal. What their loss may be off by, relative to
 # what it should be or to 1, whichever is larger, by the dtype of activations.
 _INITIAL_LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-3}
+
+_UNWRITTEN = "unwritten metrics"
 
 
 class TrainingLog:
@@ -110,9 +114,30 @@ class TrainingLog:
     if step == 0:
       check_initial_loss(self._config, values["loss"])
 
-  def keep(self) -> None:
-    """Makes what was written outlive the process, whatever the workdir is."""
+  def keep(self) -> checkpoints.Notes:
+    """Makes what was written outlive the process, whatever the workdir is.
+
+    Returns:
+      What is averaged and not written yet, for `continue_from`.
+    """
     self._writer.flush()
+    return {
+      _UNWRITTEN: {
+        name: [float(value.total), float(value.weight)]
+        for name, value in self._metrics.items()
+      }
+    }
+
+  def continue_from(self, notes: checkpoints.Notes) -> None:
+    """Goes on with the averages of the process that saved.
+
+    Args:
+      notes: What `keep` returned there. Of its steps, only the speed is lost.
+    """
+    self._metrics = {
+      name: pairs_lib.WeightedSum(np.float32(total), np.float32(weight))
+      for name, (total, weight) in notes.get(_UNWRITTEN, {}).items()
+    }
 
   def check_state(self, step: int, state: steps.State) -> None:
     """Raises FloatingPointError, with names, if not all of it is finite."""
