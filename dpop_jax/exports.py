@@ -4,6 +4,7 @@ import json
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from dpop_jax import (
@@ -11,6 +12,7 @@ from dpop_jax import (
   config_values,
   hugging_face_files,
   model_folders,
+  name_lists,
   paths,
   progress,
   sharding,
@@ -21,6 +23,7 @@ from dpop_jax.hf import families, names, weights
 from dpop_jax.models import decoder
 
 DTYPES = ("float32", "bfloat16", "float16")
+_FLOAT16_MAX = 65_504
 
 
 class Exported(NamedTuple):
@@ -62,7 +65,8 @@ def export_hf(
     FileExistsError: There is something in `out`.
     FileNotFoundError: There is nothing in `source`.
     ValueError: There is no checkpoint, no model of Hugging Face computes what
-      this one does, or an argument is out of range.
+      this one does, an argument is out of range, or float16 does not hold a
+      weight.
   """
   if dtype is not None and dtype not in DTYPES:
     raise ValueError(
@@ -97,6 +101,8 @@ def export_hf(
     params = checkpoints.load_params(
       checkpoint, decoder.abstract_params(config, devices)
     )
+    if "float16" in (usual, *others.values()):
+      _check_float16(params)
     is_primary = jax.process_index() == 0
     with progress.Transfer("weights", is_shown=is_primary) as bar:
       weights.save(
@@ -114,6 +120,23 @@ def export_hf(
       (folder / hugging_face_files.CONFIG).write_text(text)
       _check_tokenizer(str(folder), checkpoint)
   return Exported(family, paths.of(checkpoint).name, usual)
+
+
+def _check_float16(params):
+  """Raises ValueError if a weight would become infinite."""
+  largest = jax.device_get(
+    jax.jit(lambda tree: jax.tree.map(lambda x: jnp.abs(x).max(), tree))(params)
+  )
+  beyond = [
+    f"{jax.tree_util.keystr(path, simple=True, separator='/')} up to {x:.4g}"
+    for path, x in jax.tree.leaves_with_path(largest)
+    if x > _FLOAT16_MAX
+  ]
+  if beyond:
+    raise ValueError(
+      f"float16 holds numbers up to {_FLOAT16_MAX:,}, but there are weights beyond "
+      f"in {name_lists.listed(beyond)}; export with --dtype=bfloat16."
+    )
 
 
 def _check_tokenizer(folder, checkpoint):

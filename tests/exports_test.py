@@ -13,6 +13,7 @@ import tiny_runs
 
 from dpop_jax import (
   checkpoints,
+  config_values,
   exports,
   hugging_face_files,
   imports,
@@ -166,6 +167,26 @@ def test_tokens_that_end_generation_stay(source, tmp_path, name):
   hugging_face_files.keep(kept, init_from=str(folder), data=data)
   generation = read_json(kept, "generation_config.json")
   assert generation == {"bos_token_id": 1, "eos_token_id": [5, 2]}
+
+
+def test_weights_beyond_float16_are_refused(source, tmp_path):
+  imported, exported = tmp_path / "imported", tmp_path / "exported"
+  imports.import_hf(source, str(imported), mesh=ONE)
+  config = config_values.build(
+    decoder.DecoderConfig, read_json(imported, "config.json")["model"]
+  )
+  devices = sharding.make_mesh(ONE)
+  params = checkpoints.load_params(
+    str(imported), decoder.abstract_params(config, devices)
+  )
+  scale = params["final_norm"]["scale"]
+  # The largest number that still rounds to one of float16 is 65,519.
+  params["final_norm"]["scale"] = scale.at[0].set(70_000)
+  shutil.rmtree(imported / "checkpoints")
+  checkpoints.save_params(str(imported), params)
+  with pytest.raises(ValueError, match="final_norm/scale up to 7.014e.04"):
+    exports.export_hf(str(imported), str(exported), mesh=ONE, dtype="float16")
+  assert not exported.exists()
 
 
 def test_options_that_were_ignored_do_not_stop_an_export(source, tmp_path):

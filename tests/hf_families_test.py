@@ -366,6 +366,8 @@ def test_unknown_options_can_be_ignored_and_unsupported_ones_not():
   families.from_hf(hf_config, ignored_options=("new_trick",))
   hf_config = hf("olmo2", clip_qkv=8.0)
   assert "clip_qkv" in refusal(hf_config, ignored_options=("clip_qkv",))
+  told = refusal(hf_config, ignored_options=("hidden_size",))
+  assert told.startswith("hidden_size of config.json cannot be ignored")
 
 
 def test_an_unknown_option_that_is_off_says_nothing():

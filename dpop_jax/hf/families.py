@@ -145,6 +145,13 @@ def name_of(hf_config: Mapping[str, Any]) -> str:
 
 def _check_keys(hf_config, family_name, ignored_options):
   family = FAMILIES[family_name]
+  heeded = sorted(_read_keys(family) & {*ignored_options})
+  if heeded:
+    raise ValueError(
+      f"{', '.join(heeded)} of config.json cannot be ignored: the model is "
+      "computed by it; take it out of --ignore_options (import_hf) or "
+      "run.ignored_options."
+    )
   required = {**keys.REQUIRED, **family.required}
   for key, value in hf_config.items():
     shown = reprlib.repr(value)  # Lists by layer would fill a screen.
