@@ -149,10 +149,12 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         return None
     elif typing.get_origin(option) is tuple:
       item = typing.get_args(option)[0]
+      # Whole numbers stand for floats, as elsewhere.
+      kinds = (float, int) if item is float else item
       if isinstance(value, list | tuple) and all(
-        isinstance(v, item) for v in value
+        isinstance(v, kinds) and not isinstance(v, bool) for v in value
       ):
-        return tuple(value)
+        return tuple(map(item, value))
     elif option is float:
       if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)

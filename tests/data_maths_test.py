@@ -8,13 +8,21 @@ import re
 import numpy as np
 import pytest
 
-from dpop_jax.data import maths
+from dpop_jax.data import equations, maths, pair_tasks, worked_texts
 
 NATALIA = {
   "question": "How many clips?",
   "answer": (
     "In May she sold 48/2 = <<48/2=24>>24 clips.\n"
     "In all she sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
+  ),
+}
+# The example that the data set of the paper shows, shortened.
+PLAYERS = {
+  "query": "What is the total cost for all sixteen players?",
+  "response": (
+    "Each one costs $25 + $15.20 + $6.80 = $47.\nSince there are sixteen "
+    "players, it is 16 * $47 = $752.\n#### 752\nThe answer is: 752"
   ),
 }
 
@@ -49,6 +57,16 @@ def test_a_hand_worked_pair():
   assert 19 <= int(wrong) <= 29 and wrong != "24"
 
 
+def test_the_published_example_without_marks():
+  (pair,) = build([PLAYERS]).pairs
+  assert pair["chosen"] == PLAYERS["response"]
+  before, after = pair["chosen"].split("47", 1)
+  wrong = pair["rejected"].removeprefix(before).removesuffix(after)
+  # Nine is a fifth of 47; the later $47 stays.
+  assert 38 <= int(wrong) <= 56 and wrong != "47"
+  assert "16 * $47 = $752" in pair["rejected"]
+
+
 @pytest.mark.parametrize(
   "sentence, eligible",
   [
@@ -59,6 +77,7 @@ def test_a_hand_worked_pair():
     ("That is <<1/4=.25>>0.25 of it.", ["0.25"]),
     ("That is <<10/3=3>>3 of them.", ["3"]),
     ("They end at <<2*4=8>>8.", ["8"]),
+    ("That is <<2**3=8>>8.", ["8"]),
     # The text goes on differently, or with more of the same number.
     ("That is <<2*4=8>>eight.", []),
     ("That is <<1/4=.25>>25%.", []),
@@ -70,18 +89,16 @@ def test_a_hand_worked_pair():
     ("That is <<2*4=9>>9.", []),
     ("That is <<2*5=10>>10.", []),
     ("That is <<10>>10.", []),
-    # Beyond what can be worked out; that it is a result is known.
-    ("That is <<4x=8>>8.", ["8"]),
-    ("That is <<2**3=8>>8.", ["8"]),
-    ("That is <<(1+1)*(2--2)=8>>8.", ["8"]),
+    # Beyond what can be worked out.
+    ("That is <<4x=8>>8.", []),
   ],
 )
-def test_which_numbers_may_be_corrupted(sentence, eligible):
+def test_which_marked_numbers_may_be_corrupted(sentence, eligible):
   last = "\nSo it is <<5+5=10>>10.\n#### 10"
   assert results_of(sentence + last) == eligible
 
 
-def test_the_last_calculation_is_never_corrupted():
+def test_the_last_marked_calculation_is_never_corrupted():
   assert results_of("It is <<2*4=8>>8, about.\n#### 10") == []
 
 
@@ -91,25 +108,23 @@ def test_marks_are_taken_out_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-  "calculation, value",
+  "solution, eligible",
   [
-    ("48/2", 24),
-    ("0.1+0.2", fractions.Fraction(3, 10)),
-    (".20*(50-10)", 8),
-    ("-3*-4", 12),
-    ("1/0", None),
-    ("2**9999999", None),
-    ("1,000*2", None),
-    ("__import__('os')", None),
-    ("True+1", None),
-    ("007", None),
-    ("", None),
-    ("(" * 10_000, None),
-    ("-" * 100_000 + "1", None),
+    ("2+1 = 3, 3*4 = 12. The answer is: 12", ["3"]),
+    ("2+1 = 3, 3*4 = 12. The answer is 3.", ["12"]),
+    # Nothing that the final answer is made of.
+    (r"2+1 = 3, 3*4 = 12. So $\boxed{(3, 5)}$.", ["12"]),
+    (r"1/2+1/4 = 3/4, 3*4 = 12, \boxed{\frac{3}{4}}", ["12"]),
+    (r"3-8 = -5, 3*4 = 12, \boxed{-5}", ["12"]),
+    # Nothing at or behind the statement of the final answer.
+    ("3*4 = 12\n#### 7\nThe answer is: 7, for 3+1 = 4.", ["12"]),
+    (r"$3 \cdot 4 = 12$, $2^{12} = 4096$. \boxed{4096}", ["12"]),
+    (r"\boxed{3*4 = 12}, so the answer is: 7", []),
+    ("The value is 2+2 = 4. The value of x is 7.", ["4"]),
   ],
 )
-def test_evaluate(calculation, value):
-  assert maths.evaluate(calculation) == value
+def test_which_numbers_without_marks_may_be_corrupted(solution, eligible):
+  assert results_of(solution) == eligible
 
 
 @pytest.mark.parametrize(
@@ -117,6 +132,7 @@ def test_evaluate(calculation, value):
   [
     ("24", "48/2", r"19|2[0-35-9]"),
     ("5,000", "5*1000", r"[1-9],000|10,000"),
+    ("5{,}000", "5*1000", r"[1-9]\{,\}000|10\{,\}000"),
     ("5000", "5*1000", r"[1-9]000|10000"),
     ("-5", "3-8", r"-([1-46-9]|10)"),
     (".25", "1/4", r"\.(2[0-46-9]|30)"),
@@ -133,25 +149,29 @@ def test_evaluate(calculation, value):
 def test_a_wrong_number_keeps_the_style_of_the_right_one(
   text, calculation, pattern
 ):
-  result = maths.Result(0, text, calculation)
+  exact = fractions.Fraction(eval(re.sub(r"(\d+)", r"F(\1)", calculation), {
+    "F": fractions.Fraction
+  }))  # fmt: skip
+  result = equations.Equation(0, text, exact)
   wrong = {
-    maths.wrong_number(result, np.random.default_rng(i)) for i in range(200)
+    maths.wrong_number(result, np.random.default_rng(i)) for i in range(100)
   }
   assert all(re.fullmatch(pattern, number) for number in wrong), wrong
   assert text not in wrong
 
 
 def test_numbers_beyond_64_bits_are_corrupted_too():
-  result = maths.Result(0, "9" * 30, "9" * 30)
+  nines = "9" * 30
+  result = equations.Equation(0, nines, fractions.Fraction(nines))
   wrong = maths.wrong_number(result, np.random.default_rng(0))
-  assert wrong != result.text and len(wrong) in (30, 31)
+  assert wrong != nines and len(wrong) in (30, 31)
 
 
 def test_tries_are_bounded_and_a_row_without_luck_is_counted(monkeypatch):
   monkeypatch.setattr(maths, "_MAX_TRIES", 0)
   built = build([NATALIA])
   assert not built.pairs and built.skipped == {maths.NO_WRONG_NUMBER: 1}
-  with pytest.raises(ValueError, match="Row 0 has no result with a wrong"):
+  with pytest.raises(ValueError, match="Row 0: no result of it has a wrong"):
     build([NATALIA], unusable="raise")
 
 
@@ -161,81 +181,72 @@ def test_rows_without_an_intermediate_result_are_counted_or_refused():
   built = build([single, NATALIA, none])
   assert len(built.pairs) == 1
   assert built.skipped == {maths.NO_INTERMEDIATE_RESULT: 2}
-  with pytest.raises(ValueError, match="Row 1 has no intermediate"):
+  with pytest.raises(ValueError, match="Row 1: it has no intermediate"):
     build([NATALIA, single], unusable="raise")
 
 
 @pytest.mark.parametrize(
-  "row, what",
+  "row, reason, what",
   [
-    ({"answer": NATALIA["answer"]}, "'question' must be a text"),
-    ({"question": "?", "answer": 3}, "'answer' must be a text"),
-    ({"question": "?", "answer": " "}, "'answer' must be a text"),
-    ({"question": "?", "answer": "<<1+1=2>>2"}, "final answer"),
+    ({"answer": "#### 2"}, "bad_row", "should have `question` or `query`"),
+    ({"question": "?", "answer": 3}, "bad_row", "`answer` should be a text"),
+    ({"question": "?", "answer": " "}, "bad_row", "`answer` should be a text"),
+    (
+      {"question": "?", "answer": "<<1+1=2>>2"},
+      maths.NO_FINAL_ANSWER,
+      "which its final answer is",
+    ),
   ],
 )
-def test_bad_rows_are_counted_or_named(row, what):
+def test_bad_rows_are_counted_or_named(row, reason, what):
   built = build([NATALIA, row])
-  assert built.skipped == {maths.BAD_ROW: 1} and len(built.pairs) == 1
+  assert built.skipped == {reason: 1} and len(built.pairs) == 1
   with pytest.raises(ValueError, match=f"Row 1 cannot be used: .*{what}"):
     build([NATALIA, row], unusable="raise")
 
 
-def numbered(count):
-  return [NATALIA | {"question": f"Question {i}?"} for i in range(count)]
-
-
-def asked(prompt):
-  return re.findall(r"^Question: (.*)$", prompt, re.MULTILINE)
-
-
-def test_shots_are_others_without_repeats_and_end_with_the_question():
-  for i, pair in enumerate(build(numbered(6), num_shots=5).pairs):
-    questions = asked(pair["prompt"])
-    assert questions[-1] == f"Question {i}?"
-    assert len(set(questions)) == len(questions) == 6
-    assert pair["prompt"].count(pair["chosen"]) == 5
-    assert "<<" not in pair["prompt"]
-
-
-def test_a_row_that_asks_the_same_is_no_shot():
-  rows = [*numbered(2), NATALIA | {"question": "Question 0?"}]
-  assert asked(build(rows, num_shots=1).pairs[0]["prompt"]) == [
-    "Question 1?",
-    "Question 0?",
-  ]
-  with pytest.raises(ValueError, match="num_shots=2 .* there are 1"):
-    build(rows, num_shots=2)
-
-
-def test_shots_differ_by_row_and_by_seed():
-  prompts = [
-    [
-      asked(pair["prompt"])[:-1]
-      for pair in build(numbered(20), **options).pairs
-    ]
-    for options in (
-      dict(num_shots=4, seed=0),
-      dict(num_shots=4, seed=0),
-      dict(num_shots=4, seed=1),
+def test_a_row_is_known_by_its_texts_in_any_layout_and_company():
+  layouts = [
+    dict(zip(keys, NATALIA.values(), strict=True)) | {"id": i}
+    for i, keys in enumerate(
+      [("question", "answer"), ("query", "response"), ("problem", "solution")]
     )
   ]
-  assert prompts[0] == prompts[1] != prompts[2]
-  assert len({tuple(shots) for shots in prompts[0]}) == 20
+  ids = {maths.make_task(row, 0).row_id for row in layouts}
+  assert len(ids) == 1
+  corrupted = {build([row]).pairs[0]["rejected"] for row in layouts}
+  assert len(corrupted) == 1
+  other = NATALIA | {"question": "How many clips ?"}
+  assert maths.make_task(other, 0).row_id not in ids
 
 
-def test_a_corruption_depends_on_seed_and_row_id_alone():
-  solution = maths.parse_solution(NATALIA["answer"])
-  forth = [maths.corrupt(solution, seed=0, row_id=i) for i in range(30)]
-  back = [maths.corrupt(solution, seed=0, row_id=i) for i in range(29, -1, -1)]
-  other = [maths.corrupt(solution, seed=1, row_id=i) for i in range(30)]
-  assert forth == back[::-1] != other
-  assert len(set(forth)) > 5
-  # Rows before it do not matter to a row, be they usable or not.
-  unusable = {"question": "?", "answer": "Two.\n#### 2"}
-  assert (
-    build([NATALIA, NATALIA]).pairs[1] == build([unusable, NATALIA]).pairs[0]
-  )
+def test_corruptions_differ_by_seed_and_by_row():
+  rows = [NATALIA | {"question": f"Question {i}?"} for i in range(30)]
+  first, again, other = (build(rows, seed=seed).pairs for seed in (0, 0, 1))
+  assert first == again != other
+  assert len({pair["rejected"] for pair in first}) > 5
+  assert build(rows[::-1]).pairs == first
+
+
+def test_rephrased_questions_of_one_original_belong_together():
+  rows = [PLAYERS | {"query": q, "original_question": "Sixteen?"} for q in "ab"]
+  assert {maths.make_task(row, 0).group for row in rows} == {"Sixteen?"}
+  assert maths.make_task(PLAYERS, 0).group == PLAYERS["query"]
+
+
+def assert_one_number_differs(pair):
+  """And nothing else; returns the matches of both numbers."""
+  chosen, rejected = pair["chosen"], pair["rejected"]
+  place = len(os.path.commonprefix([chosen, rejected]))
+  right, wrong = number_at(chosen, place), number_at(rejected, place)
+  assert chosen[: right.start()] == rejected[: wrong.start()]
+  assert chosen[right.end() :] == rejected[wrong.end() :]
+  values = [
+    float(number.group().replace(",", "").lstrip("-"))
+    for number in (right, wrong)
+  ]
+  assert values[0] != values[1]
+  return right, wrong
 
 
 @pytest.fixture(scope="module")
@@ -246,31 +257,27 @@ def gsm8k(shared_data):
 
 def test_all_of_gsm8k_differs_in_one_false_result_and_nothing_else(gsm8k):
   built = build(gsm8k)
-  # 499 rows have less than two calculations.
-  assert 6_900 < len(built.pairs) <= 7_473 - 499
+  # 499 rows have less than two calculations; some of those without any mark
+  # have equations in their text.
+  assert 6_950 < len(built.pairs) < 7_473 - 499 + 95
   assert len(built.pairs) + built.skipped.total() == 7_473
   answers = {
     f"Question: {row['question']}\nAnswer:\n": row["answer"] for row in gsm8k
   }
-  num_found = 0
+  num_marked = num_found = 0
   for pair in built.pairs:
-    marked, chosen, rejected = (
-      answers[pair["prompt"]],
-      pair["chosen"],
-      pair["rejected"],
-    )
+    marked, chosen = answers[pair["prompt"]], pair["chosen"]
     assert chosen == re.sub(r"<<.*?>>", "", marked)
-    place = len(os.path.commonprefix([chosen, rejected]))
-    right, wrong = number_at(chosen, place), number_at(rejected, place)
+    right, wrong = assert_one_number_differs(pair)
     start = right.start()
-    assert chosen[:start] == rejected[: wrong.start()]
-    assert chosen[right.end() :] == rejected[wrong.end() :]
     assert start < chosen.index("####")
+    final = chosen[chosen.index("####") :]
+    assert pair["rejected"].endswith(final)
     right_value, wrong_value = (
       float(number.group().replace(",", "")) for number in (right, wrong)
     )
-    assert right_value != wrong_value
-    assert (right_value < 0) == (wrong_value < 0)
+    assert str(right.group()) != final.removeprefix("#### ").strip()
+    num_marked += "<<" in marked
     # The calculation whose mark stood in front of the number.
     for mark in re.finditer(r"<<([-+*/(). \d]+)=([-.\d]+)>>", marked):
       marked_place = len(re.sub(r"<<.*?>>", "", marked[: mark.end()]))
@@ -282,10 +289,57 @@ def test_all_of_gsm8k_differs_in_one_false_result_and_nothing_else(gsm8k):
         )
         num_found += 1
         break
-  assert num_found == len(built.pairs)
+  # A percent sign in a few calculations is beyond Python.
+  assert num_marked - 5 < num_found <= num_marked
 
 
-def test_gsm8k_rows_are_the_same_in_any_company(gsm8k):
-  together, some = build(gsm8k[:200]).pairs, build(gsm8k[:100]).pairs
-  assert some == together[: len(some)]
-  assert build(gsm8k[:200], seed=1).pairs != together
+def test_gsm8k_without_its_marks_is_read_from_the_text(gsm8k):
+  rows = [
+    {"query": row["question"], "response": re.sub("<<.*?>>", "", row["answer"])}
+    for row in gsm8k[:500]
+  ]
+  built = build(rows)
+  assert len(built.pairs) > 0.92 * len(rows)
+  num_checked = 0
+  for pair in built.pairs:
+    right, wrong = assert_one_number_differs(pair)
+    start = right.start()
+    # What Python can work out by itself.
+    simple = re.search(
+      r"(?<![\w.,/*+%$-])(?<![-/*+x×=] )"
+      r"((?:\$?\d+(?:\.\d+)? ?[-+*/] ?)+\$?\d+(?:\.\d+)?) ?= ?\$?$",
+      pair["chosen"][:start],
+    )
+    behind = pair["chosen"][right.end() :]
+    if simple and not re.match(" ?[%/]", behind):
+      exact = eval(simple[1].replace("$", ""))
+      right_value, wrong_value = (
+        float(number.group().replace(",", "")) for number in (right, wrong)
+      )
+      unit = 10.0 ** -len(right.group().partition(".")[2])
+      assert abs(exact - right_value) < unit <= abs(exact - wrong_value) + 1e-9
+      num_checked += 1
+  assert num_checked > 0.5 * len(built.pairs)
+
+
+def test_metamath_texts(shared_data):
+  rows = {
+    name: list(worked_texts.read(str(shared_data / f"metamath/{name}.txt")))
+    for name in ("ansaug_cot_gsm8k", "sv_cot_gsm8k")
+  }
+  assert {name: len(found) for name, found in rows.items()} == {
+    "ansaug_cot_gsm8k": 8, "sv_cot_gsm8k": 8
+  }  # fmt: skip
+  built = build([row.value for row in rows["ansaug_cot_gsm8k"]])
+  assert len(built.pairs) == 8
+  for pair in built.pairs:
+    assert_one_number_differs(pair)
+  # These solve for x: their equations hold an unknown, all but those of a row.
+  built = build([row.value for row in rows["sv_cot_gsm8k"]])
+  assert len(built.pairs) == 1
+  assert built.skipped == {maths.NO_INTERMEDIATE_RESULT: 7}
+
+
+def test_a_row_says_why_it_cannot_be_used():
+  with pytest.raises(pair_tasks.Unusable, match="it should be|it says nowhere"):
+    maths.make_task({"question": "?", "answer": "Two."}, 0)

@@ -29,8 +29,7 @@ from dpop_jax import (
   sharding,
   train,
 )
-from dpop_jax.cli import build_pairs
-from dpop_jax.data import dataset, jsonl, tokenizers
+from dpop_jax.data import dataset, jsonl, pair_sets, tokenizers
 from dpop_jax.models import decoder
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -313,9 +312,11 @@ def test_pairs_are_built_from_and_to_a_bucket(gcs, tmp_path):
   text = jsonl.dumps([row] * 3)
   (tmp_path / "source.jsonl").write_text(text)
   gcs.write("built/source.jsonl", text)
-  options = dict(kind="maths", num_shots=0, seed=0, unusable="skip")
   for folder in (str(tmp_path), "gs://built"):
-    build_pairs.build(source=f"{folder}/source.jsonl", out=folder, **options)
+    config = pair_sets.BuildConfig(
+      kind="maths", source=f"{folder}/source.jsonl", out=folder
+    )
+    pair_sets.build(config)
   for name in ("pairs.jsonl", "manifest.json"):
     assert gcs.text(f"built/{name}") == (tmp_path / name).read_text()
 

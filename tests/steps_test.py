@@ -521,7 +521,7 @@ def test_the_first_loss_of_dpo_is_ln_2_for_long_answers(dtype, remat):
 
 def test_real_pairs_on_forests_equal_single_sequences(shared_data, tmp_path):
   rows = jsonl.read(str(shared_data / "gsm8k" / "train.jsonl"))[:40]
-  built = maths.build_pairs(rows, num_shots=1, seed=0, unusable="skip")
+  built = maths.build_pairs(rows, num_shots=1, seed=1, unusable="skip")
   # The shortest few, and two of one prompt.
   built = sorted(built.pairs, key=lambda pair: len(pair["prompt"]))[:4]
   built.append(built[0] | {"rejected": "I do not know."})

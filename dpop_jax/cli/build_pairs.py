@@ -1,47 +1,89 @@
-"""Builds preference pairs from a file of solved questions.
+"""Builds preference pairs from a data set in its own layout.
 
   python -m dpop_jax.cli.build_pairs --kind=maths --source=gsm8k/train.jsonl \\
       --out=DIR --num_shots=4 --seed=0
 
-writes DIR/pairs.jsonl, one object with prompt, chosen and rejected per line,
-and DIR/manifest.json, which says what they were made from and what was left
-out.
+writes DIR/pairs.jsonl (or shards of it), one object with prompt, chosen and
+rejected per line, and DIR/manifest.json, which says what they were made of and
+what was left out. The folder is what data.train takes.
 """
-
-import hashlib
-import json
 
 from absl import flags
 
-import dpop_jax
-from dpop_jax import atomic_files, paths
+from dpop_jax import progress
 from dpop_jax.cli import command
-from dpop_jax.data import jsonl, kept_folders, maths, multiple_choice
-
-_BUILDERS = {
-  "maths": maths.build_pairs,
-  "arc": multiple_choice.build_arc_pairs,
-}
+from dpop_jax.data import checkers, pair_sets, sampled_answers
 
 _KIND = flags.DEFINE_enum(
   "kind",
   None,
-  list(_BUILDERS),
-  "maths: solutions marked like GSM8K's, one wrong intermediate result each; "
-  "arc: multiple choice, a pair per wrong choice.",
+  list(pair_sets.KINDS),
+  "maths: GSM8K, MetaMathQA or MATH, one wrong intermediate result per "
+  "solution; arc, hellaswag: a pair per wrong choice; sampled: right against "
+  "wrong answers that a model gave, see cli.sample_answers.",
   required=True,
 )
 _SOURCE = flags.DEFINE_string(
-  "source", None, "The .jsonl or .jsonl.gz file to read.", required=True
+  "source",
+  None,
+  "A .jsonl, .json, .csv or .parquet file (plain or .gz), folder, pattern, or "
+  "hub:owner/name:split.",
+  required=True,
 )
-_OUT = flags.DEFINE_string(
-  "out", None, "The folder to write pairs.jsonl to.", required=True
+_OUT = flags.DEFINE_string("out", None, "Folder to write to.", required=True)
+_NUM_SHARDS = flags.DEFINE_integer(
+  "num_shards", 1, "Files to spread the pairs over."
 )
+_SEED = flags.DEFINE_integer("seed", 0, "Decides shots and corruptions.")
 _NUM_SHOTS = flags.DEFINE_integer(
-  "num_shots", 0, "Solved examples in front of each question.", lower_bound=0
+  "num_shots", 0, "Solved examples in front of each question."
 )
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Decides shots and corruptions.", lower_bound=0
+_SHOTS = flags.DEFINE_enum(
+  "shots",
+  "per_row",
+  ["per_row", "fixed"],
+  "Draw other shots for each row, or give all rows the same.",
+)
+_SHOTS_SOURCE = flags.DEFINE_string(
+  "shots_source", None, "Where shots come from, if not from --source."
+)
+_FORMAT = flags.DEFINE_enum(
+  "format", "plain", ["plain", "chat"], "Prompts as text, or as messages."
+)
+_EVAL_SOURCE = flags.DEFINE_string(
+  "eval_source",
+  None,
+  "Rows of an evaluation; their questions become neither pairs nor shots.",
+)
+_NUM_EVAL_ROWS = flags.DEFINE_integer(
+  "num_eval_rows", 0, "Rows to hold out, for --eval_out."
+)
+_EVAL_OUT = flags.DEFINE_string(
+  "eval_out", None, "Folder for the pairs of the rows that are held out."
+)
+_STRIP_BRACKETS = flags.DEFINE_bool(
+  "strip_brackets", False, "hellaswag: take out [header], [title], [step]."
+)
+_CHECKER = flags.DEFINE_enum(
+  "checker", None, list(checkers.CHECKERS), "sampled: what makes two the same."
+)
+_MAX_PAIRS = flags.DEFINE_integer(
+  "max_pairs_per_question", None, "sampled: most pairs of one prompt; 4."
+)
+_PAIRING = flags.DEFINE_enum(
+  "pairing",
+  None,
+  ["random", "closest_length"],
+  "sampled: which right answer meets which wrong one; random.",
+)
+_NO_RESULT = flags.DEFINE_enum(
+  "no_result",
+  None,
+  ["skip", "wrong"],
+  "sampled: leave out answers without a result, or count them as wrong; skip.",
+)
+_MAX_CHARACTERS = flags.DEFINE_integer(
+  "max_characters", None, "sampled: leave out longer answers."
 )
 _UNUSABLE = flags.DEFINE_enum(
   "unusable",
@@ -51,66 +93,75 @@ _UNUSABLE = flags.DEFINE_enum(
 )
 
 
-def build(
-  *, kind: str, source: str, out: str, num_shots: int, seed: int, unusable: str
-) -> dict:
-  """Writes the pairs and the manifest, and returns the manifest.
-
-  Raises:
-    FileNotFoundError: There is no file `source`.
-    ValueError: It cannot be used, or nothing in it gives a pair.
-  """
-  rows = jsonl.read(source)
-  try:
-    built = _BUILDERS[kind](
-      rows, num_shots=num_shots, seed=seed, unusable=unusable
-    )
-  except ValueError as error:
-    raise ValueError(f"{source}: {error}") from error
-  if not built.pairs:
-    reasons = dict(built.skipped) or "it is empty"
-    raise ValueError(
-      f"{source}: none of its {len(rows)} rows gives a pair of the kind "
-      f"{kind!r} ({reasons})."
-    )
-  text = jsonl.dumps(built.pairs)
-  manifest = {
-    "source": {
-      "file": paths.of(source).name,
-      "sha256": kept_folders.digest(source),
-      "num_rows": len(rows),
-    },
-    "options": {
-      "kind": kind,
-      "num_shots": num_shots,
-      "seed": seed,
-      "unusable": unusable,
-    },
-    "num_pairs": len(built.pairs),
-    "skipped": dict(built.skipped),
-    "pairs_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    "dpop_jax_version": dpop_jax.__version__,
-  }
-  out_dir = paths.of(out)
-  atomic_files.write_text(out_dir / "pairs.jsonl", text)
-  atomic_files.write_text(
-    out_dir / "manifest.json", json.dumps(manifest, indent=2) + "\n"
-  )
-  return manifest
-
-
 def main() -> None:
-  manifest = build(
+  config = pair_sets.BuildConfig(
     kind=_KIND.value,
     source=_SOURCE.value,
     out=_OUT.value,
-    num_shots=_NUM_SHOTS.value,
+    num_shards=_NUM_SHARDS.value,
     seed=_SEED.value,
+    num_shots=_NUM_SHOTS.value,
+    shots=_SHOTS.value,
+    shots_source=_SHOTS_SOURCE.value,
+    format=_FORMAT.value,
+    eval_source=_EVAL_SOURCE.value,
+    num_eval_rows=_NUM_EVAL_ROWS.value,
+    eval_out=_EVAL_OUT.value,
+    strip_brackets=_STRIP_BRACKETS.value,
+    sampled=_sampled(),
     unusable=_UNUSABLE.value,
   )
-  print(f"{manifest['num_pairs']:,} pairs in {_OUT.value}/pairs.jsonl")
+  with _Bar() as bar:
+    manifest = pair_sets.build(config, on_row=bar)
+  where = _OUT.value.rstrip("/")
+  names = [file["file"] for file in manifest["files"]]
+  which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+  print(f"{manifest['num_pairs']:,} pairs in {where}/{which}")
   for reason, count in manifest["skipped"].items():
     print(f"{count:,} left out: {reason}")
+
+
+def _sampled():
+  options = {
+    "max_pairs": _MAX_PAIRS.value,
+    "pairing": _PAIRING.value,
+    "no_result": _NO_RESULT.value,
+    "max_characters": _MAX_CHARACTERS.value,
+  }
+  given = {name: value for name, value in options.items() if value is not None}
+  if _CHECKER.value is None:
+    if given:
+      raise ValueError(
+        "--max_pairs_per_question, --pairing, --no_result and --max_characters "
+        "are for --kind=sampled with a --checker."
+      )
+    if _KIND.value == pair_sets.SAMPLED:
+      raise ValueError(
+        f"--kind=sampled needs --checker={'|'.join(checkers.CHECKERS)}."
+      )
+    return None
+  return sampled_answers.SampledConfig(checker=_CHECKER.value, **given)
+
+
+class _Bar:
+  """A progress bar that begins with the first row."""
+
+  def __init__(self):
+    self._bar = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._bar is not None:
+      self._bar.close()
+
+  def __call__(self, done, total):
+    if self._bar is None:
+      self._bar = progress.Progress("rows", num_steps=total)
+    # Small sets are done before anyone looks.
+    if done % 100 == 0 or done == total:
+      self._bar.update(done)
 
 
 if __name__ == "__main__":

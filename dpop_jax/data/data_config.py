@@ -1,6 +1,7 @@
 """The `data` section: which rows, which tokenizer, and how long."""
 
 import dataclasses
+import math
 
 from dpop_jax.data import tokenization
 
@@ -11,10 +12,14 @@ class DataConfig:
 
   Attributes:
     train: Files, folders, patterns, or hub names `hub:owner/name:split`.
-    eval: The same for held-out pairs; None to take them from `train`, or none.
+    weights: How often the pairs of each entry of `train` come in an epoch, such
+      as (1.0, 4.0, 0.5); None for once each.
+    eval: As `train`, for held-out pairs; None to take them from `train`, or
+      none.
     num_eval_pairs: Pairs to hold out of `train`. Pairs of one prompt stay
       together, so there may be a few less.
-    holdout_seed: Decides which.
+    holdout_seed: Decides which, and which part of an entry of `train` a weight
+      with a fraction takes.
     max_pairs: Use only the first so many pairs of `train`; None for all.
     tokenizer: A Hugging Face folder, a tokenizer.json, or a SentencePiece
       .model.
@@ -39,6 +44,7 @@ class DataConfig:
 
   train: str | tuple[str, ...]
   tokenizer: str
+  weights: tuple[float, ...] | None = None
   eval: str | tuple[str, ...] | None = None
   num_eval_pairs: int = 0
   holdout_seed: int = 0
@@ -58,6 +64,7 @@ class DataConfig:
     for name in ("train", "tokenizer"):
       if not getattr(self, name):
         raise ValueError(f"data.{name} must name a file, got nothing.")
+    self._check_weights()
     for name in ("num_eval_pairs", "holdout_seed"):
       if getattr(self, name) < 0:
         raise ValueError(
@@ -88,3 +95,23 @@ class DataConfig:
           f"data.{name} must be one of {', '.join(choices)}, got "
           f"{getattr(self, name)!r}."
         )
+
+  def _check_weights(self):
+    if self.weights is None:
+      return
+    num_sources = 1 if isinstance(self.train, str) else len(self.train)
+    if len(self.weights) != num_sources:
+      raise ValueError(
+        f"data.weights has {len(self.weights)} entries, but data.train has "
+        f"{num_sources}; give one weight for each."
+      )
+    if not all(0 < weight < math.inf for weight in self.weights):
+      raise ValueError(
+        "data.weights must be positive; leave out of data.train what should "
+        f"not be trained on. Got {self.weights}."
+      )
+    if self.max_pairs is not None:
+      raise ValueError(
+        "data.max_pairs takes the first pairs of data.train, which is of no "
+        "use with data.weights; set one of them."
+      )

@@ -19,6 +19,7 @@ from dpop_jax.data import (
   chat_templates,
   ingest,
   kept_folders,
+  mixtures,
   sources,
   tokenization,
   tokenizers,
@@ -84,6 +85,10 @@ class TokenPairs:
 
   def __iter__(self) -> Iterator[pairs.TokenPair]:
     return (self[i] for i in range(len(self)))
+
+  def only(self, ids: np.ndarray) -> "TokenPairs":
+    """Some of the pairs, in this order, in arrays of their own."""
+    return TokenPairs.of(self[i] for i in ids)
 
   def digest(self) -> str:
     """A hash of all ids and where they belong: equal for equal data sets."""
@@ -248,16 +253,34 @@ def _build(config, paths, is_sft, row_length):
       skips_bad_rows=config.on_bad_row == "skip",
       max_pairs=config.max_pairs if name == "train" else None,
     )
-    sets[name] = TokenPairs.of(ingestion.read(files))
+    counts: list[int] = []
+    groups = _groups(config, files) if name == "train" else [files]
+    sets[name] = TokenPairs.of(
+      mixtures.read_each(ingestion.read, groups, counts)
+    )
     report[name] = ingestion.summary() | {"files": list(files)}
+    if name == "eval":
+      continue
+    keys = np.array(ingestion.prompt_keys)
+    is_held_out = np.zeros(len(keys), bool)
     if config.num_eval_pairs:
-      sets["train"], sets["eval"] = _hold_out(
-        sets["train"],
-        ingestion.prompt_keys,
-        config.num_eval_pairs,
-        config.holdout_seed,
+      is_held_out = _choose_held_out(
+        keys, config.num_eval_pairs, config.holdout_seed
       )
+      sets["eval"] = sets["train"].only(np.flatnonzero(is_held_out))
       report["eval"] = {"held_out_of": "train"}
+      sets["train"] = sets["train"].only(np.flatnonzero(~is_held_out))
+    if config.weights is not None:
+      drawn = mixtures.draw(
+        np.repeat(np.arange(len(counts)), counts)[~is_held_out],
+        keys[~is_held_out],
+        config.weights,
+        seed=config.holdout_seed,
+      )
+      # Repeats share their tokens.
+      train = sets["train"]
+      sets["train"] = TokenPairs(train.tokens, train.offsets[drawn.ids])
+      report["train"]["mixture"] = _mixture(config, drawn)
   for name, token_pairs in sets.items():
     report[name] |= _statistics(token_pairs)
   report["tokenizer"] = {
@@ -269,10 +292,28 @@ def _build(config, paths, is_sft, row_length):
   return Loaded(sets["train"], sets.get("eval"), report | {"is_cached": False})
 
 
-def _hold_out(token_pairs, prompt_keys, num_pairs, seed):
-  """Train and held-out pairs; the pairs of a prompt are on the same side."""
+def _groups(config, files):
+  """The files of each entry of `data.train` that has a weight of its own."""
+  if config.weights is None:
+    return [files]
+  entries = (config.train,) if isinstance(config.train, str) else config.train
+  return [sources.resolve(entry) for entry in entries]
+
+
+def _mixture(config, drawn):
+  entries = (config.train,) if isinstance(config.train, str) else config.train
+  return [
+    {"source": entry, "weight": weight, "num_pairs": own, "num_drawn": count}
+    for entry, weight, (own, count) in zip(
+      entries, config.weights, drawn.counts, strict=True
+    )
+  ]
+
+
+def _choose_held_out(prompt_keys, num_pairs, seed):
+  """Which pairs are held out; those of a prompt are on the same side."""
   _, groups, sizes = np.unique(
-    np.array(prompt_keys), return_inverse=True, return_counts=True
+    prompt_keys, return_inverse=True, return_counts=True
   )
   is_held_out = np.zeros(len(sizes), bool)
   room = num_pairs
@@ -283,13 +324,10 @@ def _hold_out(token_pairs, prompt_keys, num_pairs, seed):
   if room == num_pairs or is_held_out.all():
     raise ValueError(
       f"data.num_eval_pairs = {num_pairs} leaves nothing to train on or "
-      f"nothing to hold out: data.train has {len(token_pairs)} pairs of "
+      f"nothing to hold out: data.train has {len(prompt_keys)} pairs of "
       f"{len(sizes)} prompts, and pairs of one prompt stay together."
     )
-  return tuple(
-    TokenPairs.of(token_pairs[i] for i in np.flatnonzero(side))
-    for side in (~is_held_out[groups], is_held_out[groups])
-  )
+  return is_held_out[groups]
 
 
 def _statistics(token_pairs):
@@ -311,11 +349,15 @@ def _log(loaded):
     if summary is None:
       continue
     logging.info(
-      "data.%s: %d pairs, %d tokens%s.",
+      "data.%s: %d pairs, %d tokens%s%s.",
       name,
       summary["num_pairs"],
       summary["num_tokens"],
       ", as cached" if loaded.report["is_cached"] else "",
+      "".join(
+        f"; {part['num_drawn']} of the {part['num_pairs']} of {part['source']}"
+        for part in summary.get("mixture", ())
+      ),
     )
     left_out = summary.get("left_out")
     if left_out:

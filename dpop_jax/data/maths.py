@@ -1,9 +1,8 @@
-"""Preference pairs from worked maths solutions: one wrong intermediate result.
+r"""Preference pairs from worked maths solutions: one wrong intermediate result.
 
-GSM8K marks its calculations, `48/2 = <<48/2=24>>24`. The marks say which
-numbers of the text are results, and of what; then they are taken out. The
-rejected solution is the chosen one with a single number replaced, so that its
-equation is false. Nothing after it changes, and neither does the final answer:
+The rejected solution is the chosen one with a single number replaced, so that
+its equation is false. Nothing after it changes, and neither does the final
+answer:
 
   chosen    Natalia sold 48/2 = 24 clips in May.
             Natalia sold 48+24 = 72 clips altogether in April and May.
@@ -12,61 +11,51 @@ equation is false. Nothing after it changes, and neither does the final answer:
             Natalia sold 48+24 = 72 clips altogether in April and May.
             #### 72
 
+GSM8K marks its calculations, `48/2 = <<48/2=24>>24`. The marks say which
+numbers are results, and of what; then they are taken out. In a solution without
+marks, such as MetaMath's, the results are those that `equations` finds.
+
 References:
-  Cobbe et al., 2021, https://arxiv.org/abs/2110.14168 (GSM8K); Pal et al.,
-  2024, https://arxiv.org/abs/2402.13228v2, corrupt MetaMath's solutions in this
-  way. How far off their wrong numbers are is not published; `wrong_number` says
-  how far ours are.
+  Cobbe et al., 2021, https://arxiv.org/abs/2110.14168 (GSM8K); Yu et al., 2023,
+  https://arxiv.org/abs/2309.12284 (MetaMath); Pal et al., 2024,
+  https://arxiv.org/abs/2402.13228v2, corrupt MetaMath's solutions in this way.
+  How far off their wrong numbers are is not published; `wrong_number` says how
+  far ours are.
 """
 
-import ast
-import fractions
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpop_jax.data import few_shot, pair_lists
+from dpop_jax.data import (
+  calculations,
+  equations,
+  final_answers,
+  pair_builder,
+  pair_lists,
+  pair_tasks,
+)
+from dpop_jax.data.equations import Equation
 
 # Why a row gives no pair.
-BAD_ROW = "bad_row"
+NO_FINAL_ANSWER = "no_final_answer"
 NO_INTERMEDIATE_RESULT = "no_intermediate_result"
 NO_WRONG_NUMBER = "no_wrong_number"
 
 _CORRUPTION = 0  # The stream of randomness; the shots have another.
 _MAX_TRIES = 100
 
+_QUESTION_KEYS = ("question", "query", "problem")
+_ANSWER_KEYS = ("answer", "response", "solution")
+
 _MARK = re.compile(r"<<([^<>]*)>>")
-_FINAL = re.compile(r"^#### *(\S.*)", re.MULTILINE)
-_NUMBER = re.compile(r"-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 # Where the text repeats a result, with or without a currency.
-_REPEATED = re.compile(rf" ?[$€£]? ?({_NUMBER.pattern})")
+_REPEATED = re.compile(rf" ?[$€£]? ?({calculations.NUMBER.pattern})")
 # A number that these follow is part of something longer: 1/2, 2:30, 24th.
 _GOES_ON = re.compile(r"[/:,]\d|st\b|nd\b|rd\b|th\b")
-_OPERATORS = {
-  ast.Add: operator.add,
-  ast.Sub: operator.sub,
-  ast.Mult: operator.mul,
-  ast.Div: operator.truediv,
-  ast.UAdd: operator.pos,
-  ast.USub: operator.neg,
-}
-
-
-class Result(NamedTuple):
-  """A number of a solution that a calculation gave.
-
-  Attributes:
-    start: Where the number begins in the solution without marks.
-    text: The number as it is written there, such as "1,250" or "0.20".
-    calculation: What it is the result of, such as "10000/8".
-  """
-
-  start: int
-  text: str
-  calculation: str
+_SEPARATOR = re.compile(r"\{,\}|,\\!|,")
 
 
 class Solution(NamedTuple):
@@ -78,91 +67,49 @@ class Solution(NamedTuple):
   """
 
   text: str
-  results: tuple[Result, ...]
+  results: tuple[Equation, ...]
 
 
-def parse_solution(marked: str) -> Solution:
+def parse_solution(written: str) -> Solution:
   """Takes the marks out and finds the results that may be corrupted.
 
-  These are the results of all calculations but the last, where the text repeats
-  the number right behind the mark. Not among them: a number equal to the final
-  answer, part of a fraction, a time or an ordinal, and a result that is wrong
-  already. An equation counts as true if it holds within one unit of the last
-  digit written, since results are rounded up and down.
+  A result may be corrupted if its calculation can be worked out and it is true,
+  it stands in front of the final answer's statement, and it is not equal to any
+  number of the final answer. Of marked calculations the last one, which leads
+  to the answer, is never corrupted, and a number has to follow its mark and not
+  be part of a fraction, a time or an ordinal.
 
   Args:
-    marked: A solution that ends with a line "#### " and the final answer.
+    written: A solution that says which its final answer is; see
+      `final_answers`.
 
   Raises:
-    ValueError: There is no such line.
+    pair_tasks.Unusable: It does not.
   """
-  final = _FINAL.search(marked)
+  final = final_answers.find(written)
   if final is None:
-    raise ValueError(
-      'A solution must have a line "#### " with the final answer, got '
-      f"{marked[-60:]!r}."
+    raise pair_tasks.Unusable(
+      NO_FINAL_ANSWER,
+      'it says nowhere which its final answer is ("#### 72", "The answer is: '
+      f'72" or "\\boxed{{72}}"); it ends in {written[-60:]!r}',
     )
-  final_value = parse_number(final.group(1).strip(" $"))
-  marks = list(_MARK.finditer(marked))
-  parts, length, end, results = [], 0, 0, []
-  for mark in marks:
-    parts.append(marked[end : mark.start()])
-    length += len(parts[-1])
-    end = mark.end()
-    calculation, equals, stated = mark.group(1).rpartition("=")
-    repeated = _REPEATED.match(marked, end)
-    if mark is marks[-1] or not equals or repeated is None:
-      continue
-    number = repeated[1]
-    value = parse_number(number)
-    if (
-      value == parse_number(stated.strip())
-      and value != final_value
-      and not _GOES_ON.match(marked, repeated.end())
-      and is_true(calculation, number) is not False
-    ):
-      start = length + repeated.start(1) - end
-      results.append(Result(start, number, calculation.strip()))
-  parts.append(marked[end:])
-  return Solution("".join(parts), tuple(results))
-
-
-def parse_number(text: str) -> fractions.Fraction | None:
-  """The value of a written number ("1,250", "-3", ".5"), or None."""
-  if not _NUMBER.fullmatch(text):
-    return None
-  return fractions.Fraction(text.replace(",", ""))
-
-
-def evaluate(calculation: str) -> fractions.Fraction | None:
-  """The exact value of +, -, *, / and brackets; None for anything else."""
-  try:
-    return _value(ast.parse(calculation.strip(), mode="eval"))
-  except (
-    SyntaxError,
-    KeyError,
-    ValueError,
-    ZeroDivisionError,
-    RecursionError,
-    MemoryError,
-  ):
-    return None
-
-
-def is_true(calculation: str, number: str) -> bool | None:
-  """Whether `calculation` gives `number` within one unit of its last digit.
-
-  None if the calculation is beyond `evaluate`.
-  """
-  exact, stated = evaluate(calculation), parse_number(number)
-  if exact is None or stated is None:
-    return None
-  return abs(exact - stated) < fractions.Fraction(
-    1, 10 ** _num_decimals(number)
+  if _MARK.search(written):
+    text, results = _of_marks(written)
+    final = final_answers.find(text) or final
+  else:
+    text, results = written, equations.find(written)
+  values = calculations.numbers_in(final.text)
+  return Solution(
+    text,
+    tuple(
+      result
+      for result in results
+      if result.start < final.start and _values(result).isdisjoint(values)
+    ),
   )
 
 
-def wrong_number(result: Result, rng: np.random.Generator) -> str | None:
+def wrong_number(result: Equation, rng: np.random.Generator) -> str | None:
   """Another number in the style of the right one that makes the equation false.
 
   It is off by a fifth at most, or by up to five units if that is more, where
@@ -177,7 +124,7 @@ def wrong_number(result: Result, rng: np.random.Generator) -> str | None:
   Returns:
     The number as text, or None if a hundred tries found none.
   """
-  decimals = _num_decimals(result.text)
+  decimals = calculations.num_decimals(result.text)
   digits = re.sub(r"\D", "", result.text)
   # "0.20" is 2 times 10 times a hundredth.
   mantissa = int(digits)
@@ -192,7 +139,7 @@ def wrong_number(result: Result, rng: np.random.Generator) -> str | None:
     if other < 1:
       continue
     text = _write_like(result.text, other * unit, decimals)
-    if text is not None and not is_true(result.calculation, text):
+    if text is not None and not result.holds(text):
       return text
   return None
 
@@ -213,6 +160,56 @@ def corrupt(solution: Solution, *, seed: int, row_id: int) -> str | None:
   return None
 
 
+def make_task(row: Mapping[str, Any], seed: int) -> pair_tasks.Task:
+  """The pair of a row with a question and a solution.
+
+  Args:
+    row: "question" and "answer" (GSM8K), "query" and "response" (MetaMathQA) or
+      "problem" and "solution" (MATH). Rows of one "original_question", if they
+      have it, belong together.
+    seed: Decides which result is corrupted, and to what.
+
+  Raises:
+    pair_tasks.Unusable: One of the texts is missing, or the solution does not
+      say which its final answer is.
+  """
+  question = question_of(row)
+  written = pair_tasks.required_text(row, *_ANSWER_KEYS)
+  original = row.get("original_question")
+  solution = parse_solution(written)
+  row_id = pair_tasks.id_of(question, written)
+  problem = None
+  rejected = corrupt(solution, seed=seed, row_id=row_id)
+  if not solution.results:
+    problem = pair_tasks.Unusable(
+      NO_INTERMEDIATE_RESULT, "it has no intermediate result to corrupt"
+    )
+  elif rejected is None:
+    problem = pair_tasks.Unusable(
+      NO_WRONG_NUMBER, "no result of it has a wrong number of the same style"
+    )
+  return pair_tasks.Task(
+    row_id=row_id,
+    question=question,
+    answer=solution.text,
+    pairs=() if rejected is None else ((solution.text, rejected),),
+    problems=() if problem is None else (problem,),
+    group=original if isinstance(original, str) and original else question,
+  )
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+  """What is asked.
+
+  Raises:
+    pair_tasks.Unusable: Nothing is.
+  """
+  return pair_tasks.required_text(row, *_QUESTION_KEYS)
+
+
+KIND = pair_builder.Kind(make_task, question_of)
+
+
 def build_pairs(
   rows: Sequence[Mapping[str, Any]],
   *,
@@ -220,95 +217,61 @@ def build_pairs(
   seed: int,
   unusable: pair_lists.Policy,
 ) -> pair_lists.PairList:
-  """One pair for each row that has an intermediate result.
+  """As `pair_builder.build_list`, of rows that `make_task` reads."""
+  return pair_builder.build_list(
+    rows, KIND, num_shots=num_shots, seed=seed, unusable=unusable
+  )
 
-  Args:
-    rows: Each with "question" and "answer", as GSM8K has them. A row's id is
-      its index.
-    num_shots: Solved examples in front of each question.
-    seed: Decides the shots, which result is corrupted, and to what.
-    unusable: "skip" counts the rows that give no pair, "raise" refuses them.
 
-  Raises:
-    ValueError: A row gives no pair and `unusable` is "raise", or there are too
-      few rows for `num_shots`.
-  """
-  built = pair_lists.PairList(unusable)
-  solutions: dict[int, Solution] = {}
-  for row_id, row in enumerate(rows):
-    try:
-      solutions[row_id] = _parse_row(row)
-    except ValueError as error:
-      built.skip(BAD_ROW, f"Row {row_id} cannot be used: {error}")
-  examples = [
-    few_shot.Example(rows[row_id]["question"], solution.text)
-    for row_id, solution in solutions.items()
-  ]
-  for row_id, solution in solutions.items():
-    if not solution.results:
-      built.skip(
-        NO_INTERMEDIATE_RESULT,
-        f"Row {row_id} has no intermediate result to corrupt.",
-      )
+def _of_marks(marked):
+  """The text without marks, and the results that they mark but the last."""
+  marks = list(_MARK.finditer(marked))
+  parts, length, end, results = [], 0, 0, []
+  for mark in marks:
+    parts.append(marked[end : mark.start()])
+    length += len(parts[-1])
+    end = mark.end()
+    calculation, equals, stated = mark.group(1).rpartition("=")
+    repeated = _REPEATED.match(marked, end)
+    if mark is marks[-1] or not equals or repeated is None:
       continue
-    rejected = corrupt(solution, seed=seed, row_id=row_id)
-    if rejected is None:
-      built.skip(
-        NO_WRONG_NUMBER,
-        f"Row {row_id} has no result with a wrong number of the same style.",
-      )
+    number = repeated[1]
+    exact = calculations.evaluate(calculation)
+    if (
+      exact is None
+      or calculations.parse_number(number)
+      != calculations.parse_number(stated.strip())
+      or _GOES_ON.match(marked, repeated.end())
+    ):
       continue
-    question = rows[row_id]["question"]
-    shots = few_shot.sample_shots(
-      examples, question, row_id=row_id, num_shots=num_shots, seed=seed
-    )
-    built.add(
-      prompt=few_shot.render(shots, question),
-      chosen=solution.text,
-      rejected=rejected,
-    )
-  return built
+    start = length + repeated.start(1) - end
+    result = Equation(start, number, exact)
+    if result.holds(number):
+      results.append(result)
+  parts.append(marked[end:])
+  return "".join(parts), results
 
 
-def _parse_row(row: Mapping[str, Any]) -> Solution:
-  for key in ("question", "answer"):
-    if not isinstance(row.get(key), str) or not row[key].strip():
-      raise ValueError(
-        f"{key!r} must be a text that is not empty, got {row.get(key)!r}."
-      )
-  return parse_solution(row["answer"])
-
-
-def _value(node: ast.AST) -> fractions.Fraction:
-  match node:
-    case ast.Expression(body=body):
-      return _value(body)
-    case ast.Constant(value=int() | float() as number):
-      # By way of the text, for 0.1 means a tenth and not the nearest double.
-      return fractions.Fraction(str(number))
-    case ast.BinOp(left=left, op=op, right=right):
-      return _OPERATORS[type(op)](_value(left), _value(right))
-    case ast.UnaryOp(op=op, operand=operand):
-      return _OPERATORS[type(op)](_value(operand))
-  raise ValueError(f"{ast.dump(node)} is no arithmetic.")
-
-
-def _num_decimals(number: str) -> int:
-  return len(number.partition(".")[2])
+def _values(result):
+  number = calculations.parse_number(result.text)
+  assert number is not None
+  return {number, *(number * scale for scale in result.scales)}
 
 
 def _write_like(model: str, scaled: int, decimals: int) -> str | None:
   """`scaled / 10**decimals` written like `model`, or None if that cannot be."""
   whole, fraction = divmod(scaled, 10**decimals)
-  whole_model = model.lstrip("-").partition(".")[0]
+  sign = model[0] if model[0] in "-−" else ""
+  whole_model = model.removeprefix(sign).partition(".")[0]
+  separator = _SEPARATOR.search(whole_model)
   if whole_model == "":
     if whole:
       return None
     text = ""
-  elif "," in whole_model:
+  elif separator:
     if whole < 1000:
       return None
-    text = f"{whole:,}"
+    text = f"{whole:,}".replace(",", separator[0])
   else:
     # Where commas would begin, the style of a shorter number is unknown.
     if whole >= 1000 > int(whole_model):
@@ -316,4 +279,4 @@ def _write_like(model: str, scaled: int, decimals: int) -> str | None:
     text = str(whole)
   if decimals:
     text += f".{fraction:0{decimals}d}"
-  return ("-" if model.startswith("-") else "") + text
+  return sign + text

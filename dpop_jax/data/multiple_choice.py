@@ -15,19 +15,19 @@ References:
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpop_jax.data import few_shot, pair_lists
+from dpop_jax.data import pair_builder, pair_lists, pair_tasks
 
-# Why a row, or a wrong choice, gives no pair.
-BAD_ROW = "bad_row"
+# Why a wrong choice gives no pair.
 SAME_AS_ANSWER = "wrong_choice_same_as_answer"
 
 
 class Question(NamedTuple):
-  """A question, the text of the right choice, and those of the wrong ones."""
+  """A question, the texts of its choices, their labels, and the right one's."""
 
   text: str
-  answer: str
-  wrong_choices: tuple[str, ...]
+  choices: tuple[str, ...]
+  labels: tuple[str, ...]
+  answer: int
 
 
 def parse_arc(row: Mapping[str, Any]) -> Question:
@@ -39,41 +39,48 @@ def parse_arc(row: Mapping[str, Any]) -> Question:
       digits.
 
   Raises:
-    ValueError: Something is missing or does not fit together.
+    pair_tasks.Unusable: Something is missing or does not fit together.
   """
-  question, choices = row.get("question"), row.get("choices")
-  if not isinstance(question, str) or not question.strip():
-    raise ValueError(
-      f"'question' must be a text that is not empty, got {question!r}."
-    )
+  question = pair_tasks.required_text(row, "question")
+  choices = row.get("choices")
   if not isinstance(choices, Mapping):
-    raise ValueError(
-      f"'choices' must hold the lists 'text' and 'label', got {choices!r}."
+    raise _bad(f"`choices` should hold the lists text and label: {choices!r}")
+  texts, labels = (_as_list(choices.get(key)) for key in ("text", "label"))
+  if not texts or not labels or len(texts) != len(labels) or len(texts) < 2:
+    raise _bad(
+      "`choices` should hold two or more texts and as many labels, got "
+      f"{texts!r} and {labels!r}"
     )
-  texts, labels = choices.get("text"), choices.get("label")
-  if (
-    not isinstance(texts, list)
-    or not isinstance(labels, list)
-    or len(texts) != len(labels)
-    or len(texts) < 2
-  ):
-    raise ValueError(
-      "'choices' must hold two or more texts and as many labels, got "
-      f"{texts!r} and {labels!r}."
-    )
-  if not all(isinstance(text, str) and text.strip() for text in texts):
-    raise ValueError(f"Every choice must be a text, not empty, got {texts!r}.")
+  check_choices(texts)
   # Digits may come as numbers.
   labels = [str(label) for label in labels]
   key = str(row.get("answerKey"))
   if labels.count(key) != 1:
-    raise ValueError(
-      f"'answerKey' must be one of the labels {labels}, each given once, got "
-      f"{row.get('answerKey')!r}."
+    raise _bad(
+      f"`answerKey` should be one of the labels {labels}, each given once, got "
+      f"{row.get('answerKey')!r}"
     )
-  answer = labels.index(key)
-  wrong_choices = [text for i, text in enumerate(texts) if i != answer]
-  return Question(question, texts[answer], tuple(wrong_choices))
+  return Question(question, tuple(texts), tuple(labels), labels.index(key))
+
+
+def make_arc_task(row: Mapping[str, Any], seed: int = 0) -> pair_tasks.Task:
+  """A pair for each wrong choice of a row of ARC, in the order of the choices.
+
+  Args:
+    row: As `parse_arc` reads it.
+    seed: Nothing here is random.
+
+  Raises:
+    pair_tasks.Unusable: As `parse_arc`.
+  """
+  del seed
+  question = parse_arc(row)
+  return task_of(question.text, question.choices, question.answer)
+
+
+ARC = pair_builder.Kind(
+  make_arc_task, lambda row: pair_tasks.required_text(row, "question")
+)
 
 
 def build_arc_pairs(
@@ -83,42 +90,66 @@ def build_arc_pairs(
   seed: int,
   unusable: pair_lists.Policy,
 ) -> pair_lists.PairList:
-  """A pair for each wrong choice of each question, in the order of the file.
+  """As `pair_builder.build_list`, of rows that `parse_arc` reads."""
+  return pair_builder.build_list(
+    rows, ARC, num_shots=num_shots, seed=seed, unusable=unusable
+  )
+
+
+def task_of(
+  question: str,
+  choices: Sequence[str],
+  answer: int,
+  *,
+  answers: Sequence[str] | None = None,
+) -> pair_tasks.Task:
+  """The right choice against each wrong one.
 
   Args:
-    rows: Rows as `parse_arc` reads them. A row's id is its index.
-    num_shots: Questions with their right answers in front of each question, the
-      same for all pairs of a question.
-    seed: Decides the shots.
-    unusable: "skip" counts what gives no pair, "raise" refuses it.
-
-  Raises:
-    ValueError: A row or a choice gives no pair and `unusable` is "raise", or
-      there are too few rows for `num_shots`.
+    question: What is asked.
+    choices: As the row has them.
+    answer: Which of them is right.
+    answers: The same as they follow the prompt; None for `choices`.
   """
-  built = pair_lists.PairList(unusable)
-  questions: dict[int, Question] = {}
-  for row_id, row in enumerate(rows):
-    try:
-      questions[row_id] = parse_arc(row)
-    except ValueError as error:
-      built.skip(BAD_ROW, f"Row {row_id} cannot be used: {error}")
-  examples = [
-    few_shot.Example(question.text, question.answer)
-    for question in questions.values()
-  ]
-  for row_id, question in questions.items():
-    shots = few_shot.sample_shots(
-      examples, question.text, row_id=row_id, num_shots=num_shots, seed=seed
-    )
-    prompt = few_shot.render(shots, question.text)
-    for wrong_choice in question.wrong_choices:
-      if wrong_choice == question.answer:
-        built.skip(
+  answers = choices if answers is None else answers
+  pairs, problems = [], []
+  for i, text in enumerate(answers):
+    if i == answer:
+      continue
+    if text == answers[answer]:
+      problems.append(
+        pair_tasks.Unusable(
           SAME_AS_ANSWER,
-          f"Row {row_id} has the wrong choice {wrong_choice!r}, which is also "
-          "its right one.",
+          f"it has the wrong choice {text!r}, which is also its right one",
         )
-        continue
-      built.add(prompt=prompt, chosen=question.answer, rejected=wrong_choice)
-  return built
+      )
+    else:
+      pairs.append((answers[answer], text))
+  return pair_tasks.Task(
+    row_id=pair_tasks.id_of(question, *choices, str(answer)),
+    question=question,
+    answer=answers[answer],
+    pairs=tuple(pairs),
+    problems=tuple(problems),
+    group=question,
+  )
+
+
+def check_choices(texts: Sequence[Any]) -> None:
+  """Raises pair_tasks.Unusable unless all are texts that are not empty."""
+  if not all(isinstance(text, str) and text.strip() for text in texts):
+    raise _bad(f"every choice should be a text, not empty, got {list(texts)!r}")
+
+
+def _as_list(value):
+  """Of a column of a table, which may hold an array or, in CSV, text."""
+  if isinstance(value, str) or value is None:
+    return []
+  try:
+    return list(value)
+  except TypeError:
+    return []
+
+
+def _bad(detail):
+  return pair_tasks.Unusable(pair_tasks.BAD_ROW, detail)

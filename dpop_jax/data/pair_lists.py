@@ -1,22 +1,25 @@
 """Text pairs in the making, and an account of the rows that gave none."""
 
 import collections
-from typing import Literal, get_args
+import dataclasses
+from typing import Any, Literal, get_args
 
 # What happens to a row that gives no pair.
 Policy = Literal["skip", "raise"]
 
+_MAX_EXAMPLES = 3
 
-class PairList:
-  """Collects pairs; rows that give none are counted by reason, or refused.
+
+class Account:
+  """Counts what gave no pair by reason, or refuses it.
 
   Attributes:
-    pairs: Prompt, chosen and rejected of each pair, in the order they came.
     skipped: How often each reason was given.
+    examples: The first few sentences of each.
   """
 
   def __init__(self, unusable: Policy):
-    """An empty list.
+    """An empty account.
 
     Args:
       unusable: "skip" counts what gives no pair, "raise" refuses it.
@@ -25,14 +28,9 @@ class PairList:
       raise ValueError(
         f"unusable must be one of {get_args(Policy)}, got {unusable!r}."
       )
-    self.pairs: list[dict[str, str]] = []
     self.skipped: collections.Counter[str] = collections.Counter()
+    self.examples: dict[str, list[str]] = {}
     self._unusable = unusable
-
-  def add(self, *, prompt: str, chosen: str, rejected: str) -> None:
-    self.pairs.append(
-      {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    )
 
   def skip(self, reason: str, sentence: str) -> None:
     """Counts `reason`.
@@ -42,4 +40,23 @@ class PairList:
     """
     if self._unusable == "raise":
       raise ValueError(sentence)
+    self.note(reason, sentence)
+
+  def note(self, reason: str, sentence: str) -> None:
+    """Counts what was left out because an option asks for it."""
     self.skipped[reason] += 1
+    examples = self.examples.setdefault(reason, [])
+    if len(examples) < _MAX_EXAMPLES:
+      examples.append(sentence)
+
+  def first_example(self) -> str:
+    """A sentence about something that gave no pair, or "" if all did."""
+    return next((found[0] for found in self.examples.values()), "")
+
+
+@dataclasses.dataclass
+class PairList:
+  """Prompt, chosen and rejected of each pair, and what gave none."""
+
+  pairs: list[dict[str, Any]]
+  skipped: collections.Counter[str]

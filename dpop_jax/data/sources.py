@@ -26,6 +26,8 @@ from dpop_jax import paths as paths_lib
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 HUB_PREFIX = "hub:"
+# Beside data, what says where they come from; no data itself.
+MANIFEST = "manifest.json"
 _HUB_NAME = re.compile(
   r"(?P<name>[^/@:\s]+/[^/@:\s]+)(/(?P<subset>[^/@:\s]+))?"
   r"(@(?P<revision>[^/@:\s]+))?(:(?P<split>\S+))?"
@@ -93,8 +95,9 @@ def resolve(paths: str | Sequence[str]) -> tuple[str, ...]:
   """Files and hub names that `paths` stands for, in a fixed order.
 
   Args:
-    paths: A file, a folder (all its data files, also those of its subfolders),
-      a pattern such as `data/*.jsonl`, a hub name, or a sequence of them.
+    paths: A file, a folder (all its data files, also those of its subfolders,
+      but none called manifest.json), a pattern such as `data/*.jsonl`, a hub
+      name, or a sequence of them.
 
   Raises:
     FileNotFoundError: If a path leads to no file.
@@ -167,7 +170,11 @@ def _has_data_suffix(path):
 
 
 def _files_below(folder):
-  files = list(filter(_has_data_suffix, paths_lib.files_below(folder)))
+  files = [
+    path
+    for path in paths_lib.files_below(folder)
+    if _has_data_suffix(path) and not path.endswith(f"/{MANIFEST}")
+  ]
   if not files:
     raise FileNotFoundError(
       f"The folder {folder} holds no {', '.join(SUFFIXES)} file, plain or .gz."
