@@ -31,6 +31,7 @@ REQUIREMENTS = [
   "numpy>=2.0",
   "optax>=0.2.5",
   "orbax-checkpoint>=0.12",
+  "rapidfuzz>=3.9",
   "sentencepiece>=0.2",
   "tensorboardX>=2.6",
   "tqdm>=4.66",
