@@ -173,10 +173,24 @@ class ReferenceConfig:
       same tokenizer. None for the one that the policy starts from.
     param_dtype: Its weights as stored, "float32" or "bfloat16"; None for
       model.param_dtype.
+    host_offload: Keep its layers' matrices in the memory of the devices'
+      hosts; a layer is fetched when its turn comes.
+    cache_dir: Folder where the reference's log-probs are kept, shared by runs:
+      they are computed once, before the first step, and the reference is freed.
+      None scores it in every step.
   """
 
   init_from: str | None = None
   param_dtype: str | None = None
+  host_offload: bool = False
+  cache_dir: str | None = None
+
+  def __post_init__(self):
+    if self.host_offload and self.cache_dir is not None:
+      raise ValueError(
+        "reference.cache_dir frees the reference before the first step, so "
+        "there is nothing for reference.host_offload to keep; set one of them."
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,10 +214,10 @@ class Config:
       return
     for field in dataclasses.fields(self.reference):
       value = getattr(self.reference, field.name)
-      if value is not None:
+      if value != field.default:
         raise ValueError(
           f"reference.{field.name} is {value!r}, but loss.name='sft' has no "
-          "reference; leave it out (None)."
+          f"reference; leave it out ({field.default})."
         )
 
 

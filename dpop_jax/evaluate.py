@@ -17,25 +17,31 @@ from dpop_jax.data import dataset
 from dpop_jax.data import plan as plan_lib
 
 
+def make_plan(
+  pairs: dataset.TokenPairs, batch: plan_lib.BatchConfig
+) -> plan_lib.Plan:
+  """All pairs once, in their order."""
+  return plan_lib.Plan(
+    pairs,
+    batch,
+    seed=0,
+    num_steps=-(-len(pairs) // batch.batch_size),
+    is_shuffled=False,
+    share=exchange.share,
+  )
+
+
 class Evaluator:
   """Scores the same pairs whenever it is called; compiled once."""
 
   def __init__(
     self,
     program: program_lib.Program,
-    pairs: dataset.TokenPairs,
+    plan: plan_lib.Plan,
     batch: plan_lib.BatchConfig,
   ):
-    """Compiles the evaluation step for batches of the pairs, in their order."""
-    self._program = program
-    self._plan = plan_lib.Plan(
-      pairs,
-      batch,
-      seed=0,
-      num_steps=-(-len(pairs) // batch.batch_size),
-      is_shuffled=False,
-      share=exchange.share,
-    )
+    """Compiles the evaluation step for the batches of a plan."""
+    self._program, self._plan = program, plan
     self._num_rows = batch.rows_per_microbatch
     self._rows = program_lib.local_rows(program, self._num_rows)
     self._step = program_lib.compile_step(
@@ -81,7 +87,12 @@ def evaluate_run(
   """
   if data is not None:
     section = dataclasses.replace(
-      config.data, train=data, eval=None, num_eval_pairs=0, max_pairs=None
+      config.data,
+      train=data,
+      weights=None,
+      eval=None,
+      num_eval_pairs=0,
+      max_pairs=None,
     )
     config = dataclasses.replace(config, data=section)
   elif config.data.eval is None and not config.data.num_eval_pairs:
@@ -95,7 +106,9 @@ def evaluate_run(
   num_shards = sharding.num_row_shards(mesh)
   rows = -(-config.batch.rows_per_microbatch // num_shards) * num_shards
   batch = dataclasses.replace(config.batch, rows_per_microbatch=rows)
-  config = dataclasses.replace(config, batch=batch)
+  # Once is not worth keeping the reference's log-probs for.
+  scored = dataclasses.replace(config.reference, cache_dir=None)
+  config = dataclasses.replace(config, batch=batch, reference=scored)
   # For its learning rates, which play no part here.
   num_steps = config.optimizer.warmup_steps + 1
   program = program_lib.make_program(
@@ -111,4 +124,5 @@ def evaluate_run(
   loaded = inputs.load_data(config, workdir)
   exchange.check_equal({"data": saved_config.digests(loaded)})
   pairs = loaded.eval if data is None else loaded.train
-  return Evaluator(program, pairs, batch)(params, reference)
+  plan = make_plan(pairs, batch)
+  return Evaluator(program, plan, batch)(params, reference)

@@ -12,6 +12,7 @@ from dpop_jax import (
   model_folders,
   paths,
   progress,
+  sharding,
   steps,
 )
 from dpop_jax.data import dataset, tokenizers
@@ -159,6 +160,19 @@ def load_reference(
     FileNotFoundError: There are no weights.
     ValueError: They are of another model.
   """
+  params = _reference(config, mesh, initial)
+  if config.reference.host_offload:
+    # Copied, so that what stays on the devices is not the policy's, which the
+    # first step is free to overwrite.
+    params = jax.tree.map(
+      lambda x, place: jax.device_put(x, place, may_alias=False),
+      params,
+      sharding.on_host(params),
+    )
+  return params
+
+
+def _reference(config, mesh, initial):
   model = config_lib.reference_model(config)
   if config.reference.init_from is not None:
     return _load(config, config.reference.init_from, model, mesh)

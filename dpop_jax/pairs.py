@@ -8,6 +8,7 @@ itself, and one integer per token says it all: query `q` sees key `k` exactly
 when `k <= q < visible_until[k]`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,8 @@ class PackedBatch(NamedTuple):
     answer_lengths: int32 [rows, pairs, 2, 3]; scored tokens by side and region.
     pair_weights: float32 [rows, pairs]; 1 for a pair, 0 for padding.
     pair_ids: int32 [rows, pairs]; index in the data set, -1 for padding.
+    reference_logps: float32 [rows, pairs, 2, 3]; the reference's log-probs by
+      side and region, 0 for padding. None where it is scored in the step.
   """
 
   tokens: Array
@@ -87,6 +90,13 @@ class PackedBatch(NamedTuple):
   answer_lengths: Array
   pair_weights: Array
   pair_ids: Array
+  reference_logps: Array | None = None
+
+  def map(self, function: Callable[[Array], Array]) -> "PackedBatch":
+    """The batch with a function of each array in its place."""
+    return PackedBatch(
+      *(None if array is None else function(array) for array in self)
+    )
 
   @property
   def num_pairs(self) -> int:

@@ -24,6 +24,9 @@ _FREE_TO_CHANGE = (
   "data.cache_dir",
   # Only how the pairs of an update are split over devices and time.
   "batch.rows_per_microbatch",
+  "optimizer.host_offload",
+  "reference.host_offload",
+  "reference.cache_dir",
   "run.num_steps",
   "run.num_epochs",
   "run.log_every_steps",

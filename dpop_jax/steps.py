@@ -14,6 +14,8 @@ from dpop_jax.models import decoder
 
 Params = Any
 Metrics = dict[str, pairs_lib.WeightedSum]
+# Of a log-prob of a part of an answer in float32, in nats.
+_ROUNDING, _RELATIVE_ROUNDING = 5e-5, 1e-6
 # (policy_logps, reference_logps, answer_lengths), each [..., pairs, 2] by side,
 # to one loss per pair.
 PairLosses = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -82,6 +84,22 @@ def region_logps(
   return logprobs.answer_logps(token_logps, rows)
 
 
+def score_step(
+  params: Params,
+  batch: pairs_lib.PackedBatch,
+  *,
+  config: decoder.DecoderConfig,
+) -> jax.Array:
+  """Log-probs of the answers of one microbatch: float32 [rows, pairs, 2, 3].
+
+  Args:
+    params: What scores.
+    batch: [1, rows, ...].
+    config: Its decoder.
+  """
+  return region_logps(params, jax.tree.map(lambda x: x[0], batch), config)
+
+
 def rows_loss(
   params: Params,
   reference: Params | None,
@@ -95,7 +113,8 @@ def rows_loss(
 
   Args:
     params: The policy.
-    reference: Parameters of the frozen reference; None for SFT.
+    reference: Parameters of the frozen reference; None for SFT, and where the
+      rows hold its log-probs.
     rows: One microbatch, [rows, ...].
     config: The policy's decoder.
     reference_config: The reference's.
@@ -112,7 +131,10 @@ def rows_loss(
     reference_logps = jnp.zeros_like(policy)
     report = metrics.sft_metrics(policy, rows.answer_lengths, weights)
   else:
-    reference_logps = region_logps(reference, rows, reference_config)
+    if rows.reference_logps is None:
+      reference_logps = region_logps(reference, rows, reference_config)
+    else:
+      reference_logps = _settled(rows.reference_logps, policy)
     report = metrics.preference_metrics(
       policy, reference_logps, rows.answer_lengths, weights, beta=objective.beta
     )
@@ -124,6 +146,20 @@ def rows_loss(
     tokens = lengths[..., pairs_lib.CHOSEN].astype(jnp.float32)
     loss = loss._replace(weight=metrics.weighted_sum(tokens, weights).total)
   return loss.total, {"loss": loss, **report}
+
+
+def _settled(reference_logps, policy_logps):
+  """The reference's log-probs, those of the policy where only rounding differs.
+
+  DPOP's penalty has a kink where policy and reference are equal, which is where
+  training starts. Scored in the step they are equal to the last bit there;
+  elsewhere in a batch sums round differently, and the penalty of half of the
+  pairs would be on.
+  """
+  rounding = _ROUNDING + _RELATIVE_ROUNDING * jnp.abs(reference_logps)
+  is_equal = jnp.abs(policy_logps - reference_logps) <= rounding
+  policy_logps = jax.lax.stop_gradient(policy_logps)
+  return jnp.where(is_equal, policy_logps, reference_logps)
 
 
 def train_step(

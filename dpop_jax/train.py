@@ -17,6 +17,7 @@ from dpop_jax import (
   model_folders,
   paths,
   progress,
+  reference_cache,
   saved_config,
   sharding,
   steps,
@@ -88,6 +89,9 @@ def train(config: config_lib.Config, workdir: str) -> Result:
     num_steps=num_steps,
     share=exchange.share,
   )
+  plans = {"train": plan}
+  if data.eval is not None:
+    plans["eval"] = evaluate.make_plan(data.eval, config.batch)
   is_primary = jax.process_index() == 0
   if is_primary:
     saved_config.save(config, workdir)
@@ -102,7 +106,7 @@ def train(config: config_lib.Config, workdir: str) -> Result:
     checkpoints.Preemption() as preemption,
   ):
     first_step = saved.latest_step()
-    state, reference = _start(config, program, saved)
+    state, reference = _start(config, program, saved, plans)
     with (
       metric_writers.MetricWriter(
         workdir, resume_step=first_step, is_primary=is_primary
@@ -120,7 +124,7 @@ def train(config: config_lib.Config, workdir: str) -> Result:
       if data.eval is None:
         evaluator = None
       else:
-        evaluator = evaluate.Evaluator(program, data.eval, config.batch)
+        evaluator = evaluate.Evaluator(program, plans["eval"], config.batch)
       log = training_log.TrainingLog(config, program, plan, writer, bar)
       log.continue_from(saved.notes())
       result = _run(
@@ -212,14 +216,21 @@ def _run(
   return Result(step, is_complete, eval_metrics, state.params)
 
 
-def _start(config, program, saved):
-  """The state to go on from, and the reference."""
-  is_resumed = saved.latest_step() is not None
+def _start(config, program, saved, plans):
+  """The state to go on from, and the reference if the steps take it."""
+  first_step = saved.latest_step()
+  is_resumed = first_step is not None
   params = reference = None
   if not is_resumed:
     params = inputs.initial_params(config, program.mesh)
-  if program.abstract_reference is not None:
+  if config.loss.name != "sft":
     reference = inputs.load_reference(config, program.mesh, initial=params)
+  if program.abstract_scored is not None:
+    reference_cache.attach(
+      config, program, reference, plans, first_step=first_step or 0
+    )
+    # Freed before there is an optimizer state, unless the policy is it.
+    reference = None
   if is_resumed:
     return saved.restore(program.abstract_state), reference
   if params is reference:

@@ -174,6 +174,7 @@ def two(sections, stopped, tmp_path_factory):
 def act(folder, num_processes, sections):
   """What several tests look at, in one start of the processes."""
   names = ("workdir", "resumed", "revived", "exported", "imported", "own")
+  names += ("kept",)
   path = {name: str(folder / name) for name in (*names, "other")}
   workdir = path["workdir"]
   with_sections = lambda **others: {"sections": sections, **others}
@@ -190,6 +191,7 @@ def act(folder, num_processes, sections):
         "imported": path["imported"],
       },
     ),
+    "kept": ("keep_reference", with_sections(folder=path["kept"])),
   }
   if num_processes == 1:
     actions["revived"] = train_in("revived")
@@ -246,6 +248,15 @@ def assert_same_run(sections, actual, expected):
   assert_same_bits(
     saved_state(sections, actual), saved_state(sections, expected)
   )
+
+
+def test_one_process_keeps_the_log_probs_that_all_have_scored(one, two):
+  (expected,) = one[1]["kept"]
+  first, second = two[1]["kept"]
+  assert first["scored"] == second["scored"] == [1, 0]
+  assert (first["parts"], second["parts"]) == (["000000.logps"], [])
+  for found in (*first["logps"], *second["logps"], expected["logps"][1]):
+    assert found == expected["logps"][0]
 
 
 def test_two_processes_give_the_losses_and_the_checkpoint_of_one(

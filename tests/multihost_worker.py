@@ -27,6 +27,8 @@ from dpop_jax import (
   imports,
   inputs,
   processes,
+  program,
+  reference_cache,
   saved_config,
   sharding,
   train,
@@ -139,6 +141,36 @@ def export_and_import(workdir, exported, imported):
   imports.import_hf(exported, imported, mesh=mesh)
 
 
+def keep_reference(sections, folder):
+  """The reference's log-probs of four updates, twice; only one process keeps.
+
+  Args:
+    sections: The config.
+    folder: Exists; each process has a folder of its own in it.
+  """
+  own = pathlib.Path(folder, str(jax.process_index()))
+  sections = sections | {"reference": {"cache_dir": str(own)}}
+  its_config = config.from_dict(sections)
+  mesh = sharding.make_mesh(its_config.mesh)
+  made = program.make_program(its_config, mesh, num_steps=4)
+  data = inputs.load_data(its_config, str(own / "data"))
+  reference = inputs.load_reference(its_config, mesh)
+  found, scored = [], []
+  score = reference_cache._score
+  count = lambda scorer, to_score: (
+    scored.append(len(to_score)) or score(scorer, to_score)
+  )
+  for _ in range(2):
+    its_plan = plan.Plan(data.train, its_config.batch, seed=0, num_steps=4)
+    with mock.patch.object(reference_cache, "_score", count):
+      reference_cache.attach(its_config, made, reference, {"train": its_plan})
+    found.append(
+      [its_plan.step(step).batch.reference_logps.tolist() for step in range(4)]
+    )
+  parts = [path.name for path in own.glob("*/*.logps")]
+  return {"logps": found, "scored": scored, "parts": parts}
+
+
 def load_into_own_cache(sections, folder):
   """Loads the data where processes do not see each other's files."""
   own = pathlib.Path(folder, str(jax.process_index()))
@@ -191,6 +223,7 @@ ACTIONS = {
     run_training,
     use_run,
     export_and_import,
+    keep_reference,
     load_into_own_cache,
     train_in_own_workdir,
     train_differently,

@@ -18,18 +18,20 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from dpop_jax import config as config_lib
 from dpop_jax import (
+  checkpoints,
   evaluate,
   inputs,
   metric_writers,
   program,
+  reference_cache,
   saved_config,
   sharding,
   steps,
   train,
   training_log,
 )
+from dpop_jax import config as config_lib
 from dpop_jax.models import decoder
 
 TESTS_DIR = pathlib.Path(__file__).parent
@@ -123,19 +125,25 @@ def assert_steps_come_once(workdir):
   assert len(written) == len(set(written))
 
 
-def assert_same_metrics(actual, expected):
+def assert_same_metrics(actual, expected, **tolerances):
   """All but the speed."""
   actual, expected = (
     {
       (record["split"], record["step"]): {
         name: value
         for name, value in record.items()
-        if not name.startswith("perf/")
+        if not name.startswith(("perf/", "split"))
       }
       for record in metric_writers.read_metrics(workdir)
     }
     for workdir in (actual, expected)
   )
+  if tolerances:
+    assert actual.keys() == expected.keys()
+    expected = {
+      key: pytest.approx(values, **tolerances)
+      for key, values in expected.items()
+    }
   assert actual == expected
 
 
@@ -315,8 +323,8 @@ def test_without_a_checkpoint_there_is_nothing_to_protect(
 def test_a_reference_that_is_another_model_is_noticed_at_step_0(
   make_config, tmp_path
 ):
-  def start(config, program, saved):
-    state, reference = start_as_it_should(config, program, saved)
+  def start(*arguments):
+    state, reference = start_as_it_should(*arguments)
     return state, jax.tree.map(lambda x: x * 1.5, reference)
 
   start_as_it_should = train._start
@@ -567,3 +575,93 @@ def test_a_workdir_that_is_a_file_is_refused(make_config, tmp_path):
   path.write_text("")
   with pytest.raises(ValueError, match="is a file"):
     train.train(make_config(), str(path))
+
+
+# The reference's log-probs, kept.
+
+
+@pytest.fixture(scope="module")
+def cached_run(make_config, tmp_path_factory):
+  """The same run with a cache of the reference's log-probs: also its config."""
+  folder = tmp_path_factory.mktemp("cached")
+  config = make_config(reference__cache_dir=str(folder / "cache"))
+  return train.train(config, str(folder / "run")), str(folder / "run"), config
+
+
+def test_with_kept_log_probs_a_run_is_the_same(run, cached_run):
+  assert_same_metrics(cached_run[1], run[1], rel=1e-4, abs=1e-5)
+  first = records(cached_run[1], "eval")[0]
+  assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+  # Rounding does not switch the penalty on.
+  assert first["dpop/active_fraction"] == 0
+  for actual, expected in zip(
+    jax.tree.leaves(cached_run[0].params),
+    jax.tree.leaves(run[0].params),
+    strict=True,
+  ):
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_evaluation_of_a_workdir_needs_no_kept_log_probs(cached_run):
+  result, workdir, config = cached_run
+  found = evaluate.evaluate_run(config, workdir)
+  assert found == pytest.approx(result.eval_metrics, rel=1e-4, abs=1e-5)
+
+
+def test_on_resuming_the_reference_is_freed_before_the_state_is_there(
+  cached_run, tmp_path
+):
+  result, workdir, config = cached_run
+  shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+  restore = checkpoints.Checkpoints.restore
+  attach = reference_cache.attach
+  live_bytes = lambda: sum(x.nbytes for x in jax.live_arrays())
+  seen = {"before": live_bytes()}
+
+  def attach_and_look(*arguments, **options):
+    seen["with reference"] = live_bytes()
+    attach(*arguments, **options)
+
+  def look_and_restore(*arguments):
+    seen["restoring"] = live_bytes()
+    return restore(*arguments)
+
+  with (
+    mock.patch.object(reference_cache, "attach", attach_and_look),
+    mock.patch.object(checkpoints.Checkpoints, "restore", look_and_restore),
+    mock.patch.object(reference_cache._Table, "add") as add,
+  ):
+    resumed = train.train(config, str(tmp_path / "run"))
+  size = sum(x.nbytes for x in jax.tree.leaves(result.params))
+  assert seen["with reference"] - seen["before"] >= size
+  assert abs(seen["restoring"] - seen["before"]) < size / 10
+  add.assert_not_called()
+  assert_same_bits(resumed.params, result.params)
+
+
+def test_a_reference_of_its_own_is_freed_before_the_first_step(
+  make_config, tmp_path
+):
+  config = make_config(
+    reference__cache_dir=str(tmp_path / "cache"),
+    reference__param_dtype="bfloat16",
+  )
+  count = lambda: sum(x.dtype == jnp.bfloat16 for x in jax.live_arrays())
+  before, seen = count(), []
+  attach = reference_cache.attach
+
+  def attach_and_look(*arguments, **options):
+    seen.append(count() - before)
+    attach(*arguments, **options)
+
+  def look(*_, **__):
+    seen.append(count() - before)
+    return train.Result(0, True, None, None)
+
+  with (
+    mock.patch.object(reference_cache, "attach", attach_and_look),
+    mock.patch.object(train, "_run", look),
+  ):
+    train.train(config, str(tmp_path / "run"))
+  assert seen[0] > 0 == seen[1]
