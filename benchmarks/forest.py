@@ -92,7 +92,7 @@ _DTYPE = flags.DEFINE_enum(
 
 _FILL_PAIRS = 64
 _FILL_ROW_LENGTHS = (1024, 2048, 4096, 8192)
-_FILL_STEPS = 4
+_FILL_STEPS = 24
 _MAX_DIFFERENCE = 1e-3
 
 
@@ -136,12 +136,16 @@ def _load(name: str, folder: pathlib.Path, row_length: int):
 
 def _measure_fill(folder: pathlib.Path) -> list[dict]:
   print(f"{_FILL_PAIRS} pairs per update, mean of {_FILL_STEPS} updates")
-  print("pairs     row length  rows   fill  naive tokens / tree tokens")
+  print("pairs     row length  taken   rows   fill  naive / tree tokens")
   records = []
-  for name in ("gsm8k_4", "gsm8k_0", "chat"):
+  for name in ("gsm8k_4", "gsm8k_0", "chat", "arc_5"):
     for row_length in _FILL_ROW_LENGTHS:
       pairs = _load(name, folder, row_length)[1]
-      config = plan.BatchConfig(batch_size=_FILL_PAIRS, row_length=row_length)
+      config = plan.BatchConfig(
+        batch_size=_FILL_PAIRS,
+        row_length=row_length,
+        group_by_prompt=name.startswith("arc"),
+      )
       the_plan = plan.Plan(pairs, config, seed=0, num_steps=_FILL_STEPS)
       planned = [the_plan.step(step) for step in range(_FILL_STEPS)]
       total = lambda name: sum(getattr(step, name) for step in planned)  # noqa: B023
@@ -150,12 +154,14 @@ def _measure_fill(folder: pathlib.Path) -> list[dict]:
           "pairs": name,
           "row_length": row_length,
           "rows": total("num_rows") / _FILL_STEPS,
-          "fill": total("num_tokens") / (total("num_rows") * row_length),
+          "fill": total("num_tokens")
+          / (total("num_microbatches") * the_plan.capacity.tokens),
+          "length": the_plan.capacity.tokens,
           "naive_over_tree": total("num_sequence_tokens") / total("num_tokens"),
         }
       )
       print(
-        "{pairs:9} {row_length:10} {rows:5.1f} {fill:6.1%} "
+        "{pairs:9} {row_length:10} {length:6} {rows:6.1f} {fill:6.1%} "
         "{naive_over_tree:8.2f}".format(**records[-1]),
         flush=True,
       )
@@ -294,7 +300,7 @@ def _summary(part, planned, methods, seconds, trials) -> dict:
   sequence_tokens = sum(step.num_sequence_tokens for step in planned)
   medians = {name: statistics.median(s) for name, s in seconds.items()}
   result = {
-    "fill": num_tokens / (num_rows * _ROW_LENGTH.value),
+    "fill": num_tokens / (num_rows * planned[0].batch.tokens.shape[-1]),
     "rows_per_update": num_rows / len(planned),
     "naive_over_tree": sequence_tokens / num_tokens,
     "padded_naive_over_tree": padded / num_tokens,

@@ -1,10 +1,12 @@
 """Log-probabilities of the scored tokens, without `[tokens, vocabulary]`.
 
 Only hidden states that predict a token of an answer meet the vocabulary, a
-chunk of them at a time; the backward pass computes a chunk's logits again.
+chunk of them and a tile of the vocabulary at a time; the backward pass computes
+the logits again.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,18 @@ from dpop_jax import pairs as pairs_lib
 from dpop_jax import sharding
 
 CHUNK_SIZE = 256
+TILE_SIZE = 2048
+# Of the size of a chunk: products of odd sizes are slow.
+_MULTIPLE = 16
+# Below all logits, and far from where a difference overflows.
+_LEAST = -1e30
+
+
+class _Sizes(NamedTuple):
+  """Of the logits that are in memory at a time: [chunk, tile]."""
+
+  chunk: int
+  tile: int
 
 
 def token_logps(
@@ -26,6 +40,7 @@ def token_logps(
   *,
   softcap: float | None = None,
   chunk_size: int = CHUNK_SIZE,
+  tile_size: int = TILE_SIZE,
 ) -> Float[Array, "rows scores"]:
   """Log-probability of each target, in nats, from the hidden state before it.
 
@@ -41,9 +56,11 @@ def token_logps(
     num_scores: How many entries of the row count; the others give 0.
     softcap: Logits l become softcap * tanh(l / softcap), if given.
     chunk_size: Positions whose logits are in memory at a time.
+    tile_size: Entries of the vocabulary for which they are.
   """
   inputs = (hidden, unembedding, positions, targets, num_scores)
-  return _token_logps(*map(jnp.asarray, inputs), softcap, chunk_size)
+  sizes = _Sizes(chunk_size, tile_size)
+  return _token_logps(*map(jnp.asarray, inputs), softcap, sizes)
 
 
 def answer_logps(
@@ -75,17 +92,15 @@ _ROWS = P(sharding.ROW_AXES)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _token_logps(
-  hidden, unembedding, positions, targets, counts, softcap, chunk_size
+  hidden, unembedding, positions, targets, counts, softcap, sizes
 ):
   inputs = (hidden, unembedding, positions, targets, counts)
-  return _forward(*inputs, softcap, chunk_size)[0]
+  return _forward(*inputs, softcap, sizes)[0]
 
 
-def _forward(
-  hidden, unembedding, positions, targets, counts, softcap, chunk_size
-):
+def _forward(hidden, unembedding, positions, targets, counts, softcap, sizes):
   run = sharding.per_device(
-    functools.partial(_forward_chunks, softcap=softcap, chunk_size=chunk_size),
+    functools.partial(_forward_chunks, softcap=softcap, sizes=sizes),
     in_specs=(_HIDDEN, _UNEMBEDDING, _ROWS, _ROWS, _ROWS),
     out_specs=(_ROWS, _ROWS),
   )
@@ -94,9 +109,9 @@ def _forward(
   return logps, (*inputs, log_normalizers)
 
 
-def _backward(softcap, chunk_size, residuals, logp_gradients):
+def _backward(softcap, sizes, residuals, logp_gradients):
   run = sharding.per_device(
-    functools.partial(_backward_chunks, softcap=softcap, chunk_size=chunk_size),
+    functools.partial(_backward_chunks, softcap=softcap, sizes=sizes),
     in_specs=(_HIDDEN, _UNEMBEDDING, _ROWS, _ROWS, _ROWS, _ROWS, _ROWS),
     out_specs=(_HIDDEN, _UNEMBEDDING),
   )
@@ -106,53 +121,91 @@ def _backward(softcap, chunk_size, residuals, logp_gradients):
 _token_logps.defvjp(_forward, _backward)
 
 
-class _Chunks:
-  """One device's scored positions, those that count first, in chunks."""
+class _Head:
+  """One device's scored positions, in chunks, before its vocabulary, in tiles.
+
+  Positions that count come first, so that the chunks that are computed are
+  those of the real scores. The last tile is moved back to end with the
+  vocabulary; what it has in common with the one before counts there.
+  """
 
   def __init__(
-    self, hidden, unembedding, positions, targets, counts, softcap, size
+    self, hidden, unembedding, positions, targets, counts, softcap, sizes
   ):
     rows, scores = positions.shape
     self.softcap = softcap
-    self.size = min(size, rows * scores)
+    most = rows * scores
+    self.size = _even(most, sizes.chunk)
     is_scored = jnp.arange(scores)[None, :] < counts[:, None]
     # Padding points behind the end: reads are clamped, writes are dropped.
-    padded = -(-rows * scores // self.size) * self.size
+    padded = -(-most // self.size) * self.size
     (self.order,) = jnp.nonzero(
-      is_scored.reshape(-1), size=padded, fill_value=rows * scores
+      is_scored.reshape(-1), size=padded, fill_value=most
     )
-    self.count = -(-counts.sum() // self.size)
+    self.is_padding = self.order >= most
+    self.num_chunks = -(-counts.sum() // self.size)
     row_starts = jnp.arange(rows)[:, None] * hidden.shape[1]
-    self.sources = (row_starts + positions).reshape(-1)
-    self.targets = targets.reshape(-1)
-    self.hidden = hidden.reshape(-1, hidden.shape[-1])
+    self.sources = (row_starts + positions).reshape(-1)[self.order]
+    self.targets = targets.reshape(-1)[self.order]
+    self.states = hidden.reshape(-1, hidden.shape[-1])[self.sources]
     # Master weights may be wider than the activations; gather what is used.
-    self.unembedding = unembedding.astype(hidden.dtype)
-    if fsdp := sharding.active_axes(sharding.FSDP):
-      self.unembedding = jax.lax.all_gather(
-        self.unembedding, fsdp, axis=1, tiled=True
+    if fsdp := sharding.split_axes(sharding.FSDP):
+      unembedding = jax.lax.all_gather(
+        unembedding.astype(hidden.dtype), fsdp, axis=1, tiled=True
       )
+    self.unembedding = unembedding
+    vocab = unembedding.shape[0]
+    self.tile = min(sizes.tile, vocab)
+    self.num_tiles = -(-vocab // self.tile)
+    self.first_token = vocab * _tensor_index()
 
-  def logits(self, chunk):
-    """Entries, sources, float32 logits [size, vocab] and one-hot targets."""
-    entries = jax.lax.dynamic_slice_in_dim(
-      self.order, chunk * self.size, self.size
+  def tile_start(self, tile):
+    return jnp.minimum(tile * self.tile, self.unembedding.shape[0] - self.tile)
+
+  def weights(self, tile):
+    """Rows of the output embedding [tile, hidden], as they are multiplied."""
+    weights = jax.lax.dynamic_slice_in_dim(
+      self.unembedding, self.tile_start(tile), self.tile
     )
-    sources = self.sources[entries]
+    return weights.astype(self.states.dtype)
+
+  def tokens(self, tile):
+    """Token of each column of a tile, [1, tile], and whether it counts here."""
+    columns = (self.tile_start(tile) + jnp.arange(self.tile))[None]
+    return self.first_token + columns, columns >= tile * self.tile
+
+  def chunk(self, chunk, *arrays):
+    """A chunk's part of arrays [padded scores, ...]."""
+    return tuple(
+      jax.lax.dynamic_slice_in_dim(array, chunk * self.size, self.size)
+      for array in arrays
+    )
+
+  def put(self, array, chunk, update):
+    return jax.lax.dynamic_update_slice_in_dim(
+      array, update, chunk * self.size, axis=0
+    )
+
+  def logits(self, states, weights):
+    """Of some positions and tokens, in float32."""
     logits = jnp.einsum(
-      "sd,vd->sv",
-      self.hidden[sources],
-      self.unembedding,
-      preferred_element_type=jnp.float32,
+      "sd,vd->sv", states, weights, preferred_element_type=jnp.float32
     )
+    if self.softcap is None:
+      return logits
+    return self.softcap * jnp.tanh(logits / self.softcap)
+
+  def target_logits(self):
+    """The logit of each position's target, 0 where another device has it."""
+    local = self.targets - self.first_token
+    is_here = (local >= 0) & (local < self.unembedding.shape[0])
+    weights = self.unembedding[jnp.where(is_here, local, 0)]
+    # As wide as the sums of a product, of the numbers that those multiply.
+    weights = weights.astype(self.states.dtype).astype(jnp.float32)
+    logits = (self.states.astype(jnp.float32) * weights).sum(axis=-1)
     if self.softcap is not None:
       logits = self.softcap * jnp.tanh(logits / self.softcap)
-    vocab = logits.shape[-1]
-    first = vocab * _tensor_index()
-    is_target = (
-      self.targets[entries][:, None] == (first + jnp.arange(vocab))[None, :]
-    )
-    return entries, sources, logits, is_target
+    return jnp.where(is_here, logits, 0.0)
 
   def product_gradient(self, logit_gradient, logits):
     """The gradient in front of the soft cap, from that behind it."""
@@ -162,39 +215,59 @@ class _Chunks:
     return logit_gradient * (1.0 - jnp.square(logits / self.softcap))
 
 
+def _even(most: int, size: int) -> int:
+  """Size of chunks of `most`, all alike and small, none above `size`."""
+  even = -(-most // -(-most // size))
+  return min(size, -(-even // _MULTIPLE) * _MULTIPLE)
+
+
 def _tensor_index():
-  axes = sharding.active_axes(sharding.TENSOR)
+  axes = sharding.split_axes(sharding.TENSOR)
   return jax.lax.axis_index(axes) if axes else 0
 
 
 def _forward_chunks(
-  hidden, unembedding, positions, targets, counts, *, softcap, chunk_size
+  hidden, unembedding, positions, targets, counts, *, softcap, sizes
 ):
-  chunks = _Chunks(
-    hidden, unembedding, positions, targets, counts, softcap, chunk_size
-  )
-  tensor = sharding.active_axes(sharding.TENSOR)
+  head = _Head(hidden, unembedding, positions, targets, counts, softcap, sizes)
+  tensor = sharding.split_axes(sharding.TENSOR)
 
-  def score(chunk, carry):
-    logps, log_normalizers = carry
-    entries, _, logits, is_target = chunks.logits(chunk)
-    largest = jax.lax.pmax(logits.max(axis=-1), tensor)
-    total = jnp.exp(logits - largest[:, None]).sum(axis=-1)
-    target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-    total, target = jax.lax.psum((total, target), tensor)
-    log_normalizer = largest + jnp.log(total)
-    return (
-      logps.at[entries].set(target - log_normalizer, mode="drop"),
-      log_normalizers.at[entries].set(log_normalizer, mode="drop"),
-    )
+  def add_tile(tile, carry):
+    weights = head.weights(tile)
+    _, is_new = head.tokens(tile)
 
-  zeros = jnp.zeros(positions.size, jnp.float32)
-  logps, log_normalizers = jax.lax.fori_loop(
-    0, chunks.count, score, (zeros, zeros)
+    def add_chunk(chunk, carry):
+      states, maxima, totals = head.chunk(chunk, head.states, *carry)
+      logits = jnp.where(is_new, head.logits(states, weights), _LEAST)
+      largest = jnp.maximum(maxima, logits.max(axis=-1))
+      total = jnp.exp(logits - largest[:, None]).sum(axis=-1)
+      total = total + totals * jnp.exp(maxima - largest)
+      return (
+        head.put(carry[0], chunk, largest),
+        head.put(carry[1], chunk, total),
+      )
+
+    return jax.lax.fori_loop(0, head.num_chunks, add_chunk, carry)
+
+  shape = head.order.shape
+  maxima, totals = jax.lax.fori_loop(
+    0,
+    head.num_tiles,
+    add_tile,
+    (jnp.full(shape, _LEAST), jnp.zeros(shape, jnp.float32)),
   )
-  return logps.reshape(positions.shape), log_normalizers.reshape(
-    positions.shape
+  largest = jax.lax.pmax(maxima, tensor)
+  totals, found = jax.lax.psum(
+    (totals * jnp.exp(maxima - largest), head.target_logits()), tensor
   )
+  log_normalizers = largest + jnp.log(totals)
+
+  def spread(values):
+    zeros = jnp.zeros(positions.size, jnp.float32)
+    values = zeros.at[head.order].set(values, mode="drop")
+    return values.reshape(positions.shape)
+
+  return spread(found - log_normalizers), spread(log_normalizers)
 
 
 def _backward_chunks(
@@ -207,61 +280,77 @@ def _backward_chunks(
   logp_gradients,
   *,
   softcap,
-  chunk_size,
+  sizes,
 ):
-  chunks = _Chunks(
-    hidden, unembedding, positions, targets, counts, softcap, chunk_size
+  head = _Head(hidden, unembedding, positions, targets, counts, softcap, sizes)
+  # Padding has no log-normalizer, and the exp of its logits may be inf.
+  normalizers = jnp.where(
+    head.is_padding, jnp.inf, log_normalizers.reshape(-1)[head.order]
   )
-  tensor = sharding.active_axes(sharding.TENSOR)
-  gradients = logp_gradients.reshape(-1)
-  log_normalizers = log_normalizers.reshape(-1)
+  gradients = jnp.where(
+    head.is_padding, 0.0, logp_gradients.reshape(-1)[head.order]
+  )
+  contract = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-  def score(chunk, carry):
-    hidden_gradient, unembedding_gradient = carry
-    entries, sources, logits, is_target = chunks.logits(chunk)
-    is_padding = (entries >= positions.size)[:, None]
-    gradient = jnp.where(is_padding, 0.0, gradients[entries][:, None])
-    # Padding has no log-normalizer, and the exp of its logits may be inf.
-    normalizers = jnp.where(
-      is_padding, jnp.inf, log_normalizers[entries][:, None]
+  def add_tile(tile, carry):
+    state_gradients, unembedding_gradient = carry
+    weights = head.weights(tile)
+    tokens, is_new = head.tokens(tile)
+
+    def add_chunk(chunk, carry):
+      states, targets, normalizer, gradient, state_gradient = head.chunk(
+        chunk, head.states, head.targets, normalizers, gradients, carry[0]
+      )
+      logits = head.logits(states, weights)
+      probabilities = jnp.exp(logits - normalizer[:, None])
+      is_target = (targets[:, None] == tokens).astype(jnp.float32)
+      logit_gradient = gradient[:, None] * (is_target - probabilities)
+      logit_gradient = jnp.where(is_new, logit_gradient, 0.0)
+      product_gradient = head.product_gradient(logit_gradient, logits)
+      product_gradient = product_gradient.astype(hidden.dtype)
+      update = contract("sv,vd->sd", product_gradient, weights)
+      return (
+        head.put(carry[0], chunk, state_gradient + update),
+        # This way round the smaller operand is the one that is transposed.
+        carry[1] + contract("sv,sd->dv", product_gradient, states),
+      )
+
+    width = head.states.shape[-1]
+    state_gradients, new = jax.lax.fori_loop(
+      0,
+      head.num_chunks,
+      add_chunk,
+      (state_gradients, jnp.zeros((width, head.tile), jnp.float32)),
     )
-    probabilities = jnp.exp(logits - normalizers)
-    logit_gradient = jnp.where(is_target, gradient, 0.0)
-    logit_gradient = logit_gradient - gradient * probabilities
-    product_gradient = chunks.product_gradient(logit_gradient, logits)
-    product_gradient = product_gradient.astype(hidden.dtype)
-    update = jnp.einsum(
-      "sv,vd->sd",
-      product_gradient,
-      chunks.unembedding,
-      preferred_element_type=jnp.float32,
-    )
-    return (
-      hidden_gradient.at[sources].add(update),
-      unembedding_gradient
-      + jnp.einsum(
-        "sv,sd->vd",
-        product_gradient,
-        chunks.hidden[sources],
-        preferred_element_type=jnp.float32,
-      ),
+    start = head.tile_start(tile)
+    old = jax.lax.dynamic_slice_in_dim(unembedding_gradient, start, head.tile)
+    return state_gradients, jax.lax.dynamic_update_slice_in_dim(
+      unembedding_gradient, old + new.T, start, axis=0
     )
 
-  start = (
-    jnp.zeros(chunks.hidden.shape, jnp.float32),
-    jnp.zeros(chunks.unembedding.shape, jnp.float32),
+  state_gradients, unembedding_gradient = jax.lax.fori_loop(
+    0,
+    head.num_tiles,
+    add_tile,
+    (
+      jnp.zeros(head.states.shape, jnp.float32),
+      jnp.zeros(head.unembedding.shape, jnp.float32),
+    ),
   )
-  hidden_gradient, unembedding_gradient = jax.lax.fori_loop(
-    0, chunks.count, score, start
+  state_gradients = jax.lax.psum(
+    state_gradients, sharding.split_axes(sharding.TENSOR)
   )
-  hidden_gradient = jax.lax.psum(hidden_gradient, tensor)
   unembedding_gradient = jax.lax.psum(
-    unembedding_gradient, sharding.active_axes(sharding.DATA)
+    unembedding_gradient, sharding.split_axes(sharding.DATA)
   )
-  if fsdp := sharding.active_axes(sharding.FSDP):
+  if fsdp := sharding.split_axes(sharding.FSDP):
     unembedding_gradient = jax.lax.psum_scatter(
       unembedding_gradient, fsdp, scatter_dimension=1, tiled=True
     )
+  hidden_gradient = jnp.zeros(
+    (hidden.shape[0] * hidden.shape[1], hidden.shape[2]), jnp.float32
+  )
+  hidden_gradient = hidden_gradient.at[head.sources].add(state_gradients)
   return (
     hidden_gradient.reshape(hidden.shape).astype(hidden.dtype),
     unembedding_gradient.astype(unembedding.dtype),

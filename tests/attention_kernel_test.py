@@ -274,6 +274,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.tpu
 @pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="needs the TPU compiler: pip install dpop_jax[tpu]",

@@ -193,13 +193,15 @@ def head_inputs(rows=8, length=12, hidden=16, vocab=24, scores=10):
 
 # Logits are about 4 in size, so that a soft cap of 5 bends them.
 @pytest.mark.parametrize(
-  ("chunk_size", "shape", "softcap"),
-  [(1, None, None), (7, None, None), (16, None, None), (1000, None, None)]
-  + [(7, (1, 1, 1), None), (7, (1, 1, 8), None), (7, (1, 8, 1), None)]
-  + [(7, (2, 2, 2), None), (7, (2, 2, 2), 5.0), (7, None, 5.0)],
+  # Of 24 tokens, tiles of 8 are whole, and the last one of 5 goes back by 1.
+  ("chunk_size", "tile_size", "shape", "softcap"),
+  [(1, 24, None, None), (7, 5, None, None), (16, 8, None, None)]
+  + [(1000, 1000, None, None), (7, 24, (1, 1, 1), None)]
+  + [(7, 2, (1, 1, 8), None), (7, 5, (1, 8, 1), None)]
+  + [(7, 5, (2, 2, 2), None), (7, 5, (2, 2, 2), 5.0), (7, 5, None, 5.0)],
 )
-def test_chunks_and_shards_of_the_head_change_nothing(
-  chunk_size, shape, softcap
+def test_chunks_tiles_and_shards_of_the_head_change_nothing(
+  chunk_size, tile_size, shape, softcap
 ):
   inputs = head_inputs()
   weights = jax.random.normal(jax.random.key(9), inputs[3].shape)
@@ -213,7 +215,10 @@ def test_chunks_and_shards_of_the_head_change_nothing(
     return jax.jit(gradient)(*inputs[:2])
 
   fast = functools.partial(
-    logprobs.token_logps, softcap=softcap, chunk_size=chunk_size
+    logprobs.token_logps,
+    softcap=softcap,
+    chunk_size=chunk_size,
+    tile_size=tile_size,
   )
   if shape is None:
     gradients, logps = run(fast)
@@ -248,6 +253,21 @@ def test_the_head_keeps_no_logits_of_all_positions():
   all_logits = 2 * 512 * 4096 * 4
   assert temporaries(naive_token_logps) >= all_logits
   assert temporaries(fast) < all_logits / 4
+
+
+def test_a_larger_vocabulary_takes_memory_for_its_weights_alone():
+  def temporaries(vocab):
+    inputs = head_inputs(rows=2, length=64, scores=64, vocab=vocab)
+    fast = functools.partial(logprobs.token_logps, chunk_size=32, tile_size=256)
+    total = lambda h, u: fast(h, u, *inputs[2:]).sum()
+    compiled = (
+      jax.jit(jax.grad(total, argnums=(0, 1))).lower(*inputs[:2]).compile()
+    )
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  # At the most a copy of the weights of 16, as their gradient is summed up.
+  more = temporaries(8192) - temporaries(2048)
+  assert more <= 6144 * 16 * 4
 
 
 def test_extreme_logits_stay_finite():

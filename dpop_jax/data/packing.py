@@ -28,20 +28,33 @@ class Capacity(NamedTuple):
 
 
 def pack(sizes: Sequence[int], row_length: int) -> list[list[int]]:
-  """Best-fit-decreasing bin packing.
+  """Bin packing: best-fit-decreasing, then into fewer rows as long as it works.
 
   Args:
     sizes: Size of each tree; none above `row_length`.
     row_length: Capacity of a row.
 
   Returns:
-    The indices of the trees of each row; fullest fit first, ties by index, so
-    that the result is a pure function of the sizes.
+    The indices of the trees of each row; a pure function of the sizes.
   """
+  rows = _best_fit(sizes, row_length)
+  # Two trees of more than half a row never share one.
+  num_large = sum(2 * size > row_length for size in sizes)
+  least = max(-(-sum(sizes) // row_length), num_large)
+  while len(rows) > least:
+    fewer = _level(sizes, row_length, len(rows) - 1)
+    if fewer is None:
+      break
+    rows = fewer
+  return rows
+
+
+def _best_fit(sizes, row_length):
+  """The largest first, into the fullest row that takes it; ties by index."""
   rows: list[list[int]] = []
   # (room left, row), sorted: the first entry with enough room is the best fit.
   room: list[tuple[int, int]] = []
-  for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+  for index in _largest_first(sizes):
     size = sizes[index]
     at = bisect.bisect_left(room, (size, -1))
     if at == len(room):
@@ -52,6 +65,50 @@ def pack(sizes: Sequence[int], row_length: int) -> list[list[int]]:
     rows[row].append(index)
     bisect.insort(room, (left - size, row))
   return rows
+
+
+def _level(sizes, row_length, num_rows):
+  """Packs into a number of rows by exchanges between them; None if it fails.
+
+  As best fit, but what fits nowhere goes into the emptiest row. Then, as long
+  as that makes less stand out, a tree of a row that is too full changes places
+  with one of another row, or with an empty place.
+  """
+  count = len(sizes)
+  # At the end a tree of size 0 in every row, to change places with.
+  size = np.append(np.asarray(sizes, np.int64), np.zeros(num_rows, np.int64))
+  row = np.append(np.zeros(count, np.int64), np.arange(num_rows))
+  loads = np.zeros(num_rows, np.int64)
+  for index in _largest_first(sizes):
+    fits = loads + size[index] <= row_length
+    row[index] = (
+      np.where(fits, loads, -1).argmax() if fits.any() else loads.argmin()
+    )
+    loads[row[index]] += size[index]
+  excess = lambda loads: np.maximum(loads - row_length, 0)
+  for _ in range(2 * count):
+    if loads.max() <= row_length:
+      return [
+        np.flatnonzero(row[:count] == r).tolist() for r in range(num_rows)
+      ]
+    (given,) = np.nonzero(loads[row] > row_length)
+    moved = size[given, None] - size[None]
+    here, there = loads[row[given], None], loads[row][None]
+    gain = excess(here) + excess(there)
+    gain = gain - excess(here - moved) - excess(there + moved)
+    gain = np.where(row[given, None] == row[None], 0, gain)
+    at, taken = np.unravel_index(gain.argmax(), gain.shape)
+    if gain[at, taken] <= 0:
+      return None
+    given, moved = given[at], moved[at, taken]
+    loads[row[given]] -= moved
+    loads[row[taken]] += moved
+    row[given], row[taken] = row[taken], row[given]
+  return None
+
+
+def _largest_first(sizes):
+  return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
 
 
 def empty_rows(shape: Sequence[int], capacity: Capacity):
@@ -126,8 +183,8 @@ def pack_rows(
   batch = empty_rows([len(rows)], capacity)
   for number, trees in enumerate(rows):
     # `num_scores` is a scalar a row: index with a slice to keep it a view.
-    views = [
-      array[number : number + 1].reshape(array.shape[1:]) for array in batch
-    ]
-    fill_row(pairs_lib.PackedBatch(*views), trees)
+    view = batch.map(
+      lambda array: array[number : number + 1].reshape(array.shape[1:])  # noqa: B023
+    )
+    fill_row(view, trees)
   return batch

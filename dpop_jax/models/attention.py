@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,6 +18,8 @@ from dpop_jax.models import attention_blocks, attention_kernel, attention_xla
 from dpop_jax.models.attention_blocks import Visibility
 from dpop_jax.models.attention_scores import MASKED, Scoring
 
+# By which a remat policy knows what the way back needs of the way there.
+NAME = "forest_attention"
 # How [rows, length, heads, head_dim] and the log-normalizers [heads, rows,
 # length] are split.
 _HEADS = P(sharding.ROW_AXES, None, sharding.TENSOR)
@@ -111,7 +114,8 @@ def _forward(query, key, value, visibility, scoring):
     in_specs=(_HEADS, _HEADS, _HEADS, attention_blocks.SPLIT),
     out_specs=(_HEADS, _NORMALIZERS),
   )
-  out, log_normalizers = run(query, key, value, visibility)
+  results = run(query, key, value, visibility)
+  out, log_normalizers = (checkpoint_name(x, NAME) for x in results)
   return out, (query, key, value, visibility, out, log_normalizers)
 
 

@@ -4,6 +4,8 @@ It maps tokens to hidden states. The vocabulary is met later, where something is
 scored (`logprobs.token_logps`) or sampled (`logits`).
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 
 from dpop_jax import sharding
 from dpop_jax.models import (
+  attention,
   attention_blocks,
   embeddings,
   experts,
@@ -22,10 +25,12 @@ from dpop_jax.models.decoder_config import DecoderConfig
 from dpop_jax.models.layers import KeyValueCache
 
 # What a block keeps for the backward pass. "none": everything; "dots": results
-# of the weight products; "full": its input alone.
+# of the weight products and of attention; "full": its input alone.
 REMAT_POLICIES = {
   "none": None,
-  "dots": jax.checkpoint_policies.save_only_these_names(products.NAME),
+  "dots": jax.checkpoint_policies.save_only_these_names(
+    products.NAME, attention.NAME
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 # More than any row has; far from where a sum with positions overflows.
@@ -119,6 +124,11 @@ class Decoder(nn.Module):
     if config.remat != "none":
       policy = REMAT_POLICIES[config.remat]
       block = nn.remat(Block, policy=policy, prevent_cse=False)
+    params = self.variables.get("params", {}).get("layers", {})
+    if any(map(sharding.is_on_host, jax.tree.leaves(params))):
+      # Inside of the scan: a layer at a time.
+      fetch = functools.partial(jax.tree.map, sharding.fetched)
+      block = nn.map_variables(block, "params", trans_in_fn=fetch)
     blocks = nn.scan(
       block,
       variable_axes={"params": 0},

@@ -11,7 +11,7 @@ _DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 FULL, SLIDING = "full_attention", "sliding_attention"
 # What a block keeps for the backward pass: everything; results of the weight
-# products; its input alone.
+# products and of attention; its input alone.
 REMATS = ("none", "dots", "full")
 # Options of `rope_scaling` that each type needs, and those it may have.
 ROPE_TYPES = {

@@ -115,7 +115,7 @@ def _mix(
   config: DecoderConfig,
 ) -> Float[Array, "rows length hidden"]:
   """The sum over experts, of one device's rows."""
-  if fsdp := sharding.active_axes(sharding.FSDP):
+  if fsdp := sharding.split_axes(sharding.FSDP):
     kernels = jax.tree.map(
       lambda kernel, axis: jax.lax.all_gather(
         kernel, fsdp, axis=axis, tiled=True
@@ -147,5 +147,5 @@ def _mix(
   out = jnp.einsum(
     "tcd,tc->td", copies, shares, preferred_element_type=jnp.float32
   )
-  out = jax.lax.psum(out.astype(x.dtype), sharding.active_axes(sharding.TENSOR))
+  out = jax.lax.psum(out.astype(x.dtype), sharding.split_axes(sharding.TENSOR))
   return out.reshape(x.shape)
