@@ -1,27 +1,17 @@
-"""The demo: one corpus, one supervised model, several losses, one report."""
+"""The demo: one corpus, one supervised model, and a comparison of losses."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dpop_jax import (
-  atomic_files,
-  config_values,
-  generate,
-  metric_writers,
-  report,
-  saved_config,
-  train,
-)
+from dpop_jax import checkpoints, compare, config_values, report, sweeps, train
 from dpop_jax import config as config_lib
 from dpop_jax import paths as paths_lib
-from dpop_jax import study as study_lib
-from dpop_jax.data import arithmetic, jsonl, tokenization, tokenizers
+from dpop_jax import questions as questions_lib
+from dpop_jax.data import arithmetic, jsonl
 
 LOSSES = ("dpo", "ipo", "slic", "dpop")
-_ACCURACY_FILE = "exact_match.json"
 # Longest answer: five lines of up to nine characters, "Answer 123", EOS.
 _MAX_NEW_TOKENS = 64
 
@@ -48,16 +38,14 @@ def run(
     The path of report.html.
 
   Raises:
-    InterruptedError: The process was asked to stop (SIGTERM), and has saved.
+    compare.Stopped: The process was asked to stop (SIGTERM), and has saved.
     ValueError: An earlier call finished a run with other settings.
   """
   folder = paths_lib.local(workdir, "--workdir")
   corpus = arithmetic.ArithmeticConfig()
   paths = arithmetic.write_corpus(corpus, folder / "corpus")
-  questions = jsonl.read(str(paths["questions_eval"]))
-  tokenizer = tokenizers.load(str(paths["tokenizer"]))
 
-  def configure(stage: str, seed: int) -> config_lib.Config:
+  def configure(stage: str) -> config_lib.Config:
     is_sft = stage == "sft"
     return config_of(
       stage,
@@ -68,109 +56,64 @@ def run(
         "data.cache_dir": str(folder / "tokens"),
         "run.compilation_cache_dir": str(folder / "compiled"),
         "run.init_from": None if is_sft else str(folder / "sft"),
-        "run.seed": seed,
+        "run.seed": 0,
       },
     )
 
-  def finish(config, name: str) -> float:
-    """Trains unless that is done, and returns the exact match."""
-    done = folder / name / _ACCURACY_FILE
-    if not done.exists():
-      print(f"{name}:", flush=True)
-      result = train.train(config, str(folder / name))
-      if not result.is_complete:
-        raise InterruptedError(
-          f"The demo was asked to stop in {name}; run it again to continue."
-        )
-      accuracy = exact_match(result.params, config, tokenizer, questions)
-      atomic_files.write_text(done, json.dumps({"exact_match": accuracy}))
-    check_settings(config, str(folder / name))
-    accuracy = json.loads(done.read_text())["exact_match"]
-    print(f"{name}: exact match {accuracy:.3f}", flush=True)
-    return accuracy
-
-  configs = {"sft": configure("sft", seed=0)}
-  sft_accuracy = finish(configs["sft"], "sft")
-  runs = []
-  for loss in losses:
-    for seed in seeds:
-      name = f"{loss}_seed{seed}"
-      configs[loss] = configure(loss, seed)
-      accuracy = finish(configs[loss], name)
-      records = [
-        record
-        for record in metric_writers.read_metrics(folder / name)
-        if record["split"] == "eval"
-      ]
-      runs.append(
-        study_lib.Run(
-          loss=loss, seed=seed, records=tuple(records), exact_match=accuracy
-        )
-      )
-  # Before its first step every run is the supervised model.
-  reference = study_lib.Reference(
-    metrics=runs[0].records[0], exact_match=sft_accuracy
-  )
-  study = study_lib.Study(
-    settings=_settings(corpus, configs),
-    reference=reference,
-    runs=tuple(runs),
-    num_questions=len(questions),
+  sft = configure("sft")
+  supervise(sft, str(folder / "sft"))
+  configs = {loss: configure(loss) for loss in losses}
+  base = configs[losses[-1]]
+  study = compare.compare(
+    {sweeps.name_of(config, base): config for config in configs.values()},
+    str(folder),
+    seeds=seeds,
+    questions=ask(jsonl.read(str(paths["questions_eval"]))),
+    options={
+      "corpus": dataclasses.asdict(corpus),
+      **{
+        name: _shown(config) for name, config in {"sft": sft, **configs}.items()
+      },
+    },
     example=jsonl.read(str(paths["pairs_eval"]))[0],
   )
   return report.write(study, folder)["report.html"]
 
 
-def check_settings(config: config_lib.Config, workdir: str) -> None:
-  """Raises ValueError if a finished run is not what the report would say."""
-  saved = saved_config.load(workdir)
-  differences = config_values.differences(
-    *(
-      _shown(config_lib.to_dict(c), ("model", "loss", "optimizer", "batch"))
-      for c in (saved, config)
-    )
-  )
-  if differences:
-    raise ValueError(
-      f"{workdir} was trained with other settings; use another --workdir or "
-      f"undo: {'; '.join(differences)}."
+def supervise(config: config_lib.Config, workdir: str) -> None:
+  """Trains the supervised model, unless that is done.
+
+  Raises:
+    compare.Stopped: The process was asked to stop.
+    ValueError: It was trained with other settings.
+  """
+  if checkpoints.newest(workdir) is not None:
+    compare.check_settings(config, workdir)
+  print("sft", flush=True)
+  if not train.train(config, workdir).is_complete:
+    raise compare.Stopped(
+      "Asked to stop in the supervised stage; the same command continues there."
     )
 
 
-def exact_match(params, config, tokenizer, questions) -> float:
-  """Share of questions whose greedy answer ends in the right number."""
-  prompts = [
-    tokenization.encode_prompt(
-      question["prompt"], tokenizer, add_bos=config.data.add_bos
-    )
-    for question in questions
-  ]
-  answers = generate.generate(
-    params,
-    config.model,
-    prompts,
-    generate.SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS),
-    eos_id=tokenizer.eos_id,
+def ask(rows: Sequence[Mapping[str, str]]) -> questions_lib.Questions:
+  """The corpus's questions, answered by the number in the last line."""
+  return questions_lib.Questions(
+    prompts=[row["prompt"] for row in rows],
+    answers=[row["answer"] for row in rows],
+    final=arithmetic.final_answer,
+    max_new_tokens=_MAX_NEW_TOKENS,
     batch_size=256,
   )
-  right = [
-    arithmetic.final_answer(tokenizer.decode(answer)) == question["answer"]
-    for answer, question in zip(answers, questions, strict=True)
-  ]
-  return sum(right) / len(right)
 
 
-def _settings(
-  corpus: arithmetic.ArithmeticConfig, configs: Mapping[str, config_lib.Config]
-) -> dict:
+def _shown(config: config_lib.Config) -> dict:
   """What the report says about how its numbers came about."""
-  settings = {"corpus": dataclasses.asdict(corpus)}
-  for stage, config in configs.items():
-    sections = ("loss", "optimizer", "batch") + ("model",) * (stage == "sft")
-    settings[stage] = _shown(config_lib.to_dict(config), sections)
-  return settings
-
-
-def _shown(values: Mapping[str, Any], sections: Sequence[str]) -> dict:
+  values = config_lib.to_dict(config)
+  sections = ("loss", "optimizer", "batch")
   shown = {name: values[name] for name in sections}
-  return shown | {"num_steps": values["run"]["num_steps"]}
+  if config.loss.name == "sft":
+    shown["model"] = values["model"]
+  shown["run.num_steps"] = values["run"]["num_steps"]
+  given = config_values.flatten(shown)
+  return {key: value for key, value in given.items() if value is not None}

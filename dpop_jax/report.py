@@ -3,7 +3,7 @@
   report.write(study, "runs/demo")
 
 makes runs/demo/report.html, which holds everything it shows and fetches
-nothing, report.md and summary.json.
+nothing, report.md and report.json.
 """
 
 import html
@@ -11,10 +11,16 @@ import json
 import os
 import pathlib
 
-from dpop_jax import atomic_files, paths, report_plots, report_text
+from dpop_jax import (
+  atomic_files,
+  paths,
+  report_plots,
+  report_tables,
+  report_text,
+)
 from dpop_jax import study as study_lib
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --page: #fbfaf8; --card: #ffffff;
   --ink: #22262b; --soft: #636b75; --grid: #e6e4df; --good: #00795a;
   --bad: #b3450a; --mark: #fbe0c8; }
@@ -27,6 +33,7 @@ body { margin: 0; background: var(--page); color: var(--ink);
 main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.1rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; }
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .7rem; }
+table + p, .plots + p { margin-top: 1rem; } .scroll { margin-top: 1.1rem; }
 p, li { max-width: 46rem; } p { margin: .5rem 0; }
 .lead { font-size: 1.12rem; } .soft, figcaption { color: var(--soft); }
 figcaption, .soft { font-size: .92rem; }
@@ -63,7 +70,7 @@ details { margin-top: 2.6rem; }
 def write(
   study: study_lib.Study, out_dir: pathlib.Path | str
 ) -> dict[str, pathlib.Path]:
-  """Writes summary.json, report.md and report.html, each whole or not at all.
+  """Writes report.json, report.md and report.html, each whole or not at all.
 
   Args:
     study: What to report.
@@ -74,9 +81,9 @@ def write(
   """
   # Everything is made before anything is written.
   texts = {
-    "summary.json": json.dumps(study.summary(), indent=2, allow_nan=False)
+    "report.json": json.dumps(study.summary(), indent=2, allow_nan=False)
     + "\n",
-    "report.md": report_text.markdown(study),
+    "report.md": report_tables.markdown(study),
     "report.html": page(study),
   }
   out_dir = paths.local(out_dir, "out_dir")
@@ -94,35 +101,29 @@ def page(study: study_lib.Study) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_escape(names)} compared</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <main>
-<h1>{_escape(names)} from one supervised model</h1>
+<h1>{_escape(names)} from one model</h1>
 <p class="lead">{_escape(report_text.verdict(study))}</p>
 <p class="soft">{_escape(report_text.INTRODUCTION)}</p>
 {_claims(study)}
 {_example(study)}
-<h2>What became of the answers</h2>
-<p class="soft">Held-out pairs. Lines are means over
-{report_text.seeds(len(study.seeds))}, bands reach from the least to the
-greatest, dots are single seeds. The dotted line is the supervised reference
-(SFT), where every run starts.</p>
-<div class="plots">
-{_plots(study)}
-</div>
+{_panels(study)}
 <h2>In numbers</h2>
-<p class="soft">Mean over the seeds, below it the least to the greatest, in
-nats: log-prob of a whole answer, chosen and rejected, and per token of the
-chosen answer before, at and after the edit.</p>
-{_results(study)}
+<p class="soft">Mean over {report_text.seeds(len(study.seeds))}, below it the
+least to the greatest where there are several.
+{_escape(report_tables.units(study))}</p>
+{_html_table(report_tables.results(study))}
 <ul>
 {_items(report_text.observations(study))}
 </ul>
 <p>{_escape(report_text.resolution(study))}</p>
+{_ablations(study)}
 <details>
-<summary>Settings</summary>
-{_settings(study)}
+<summary>Options</summary>
+{_html_table(report_tables.options(study), has_header=False)}
 </details>
 </main>
 </body>
@@ -130,35 +131,90 @@ chosen answer before, at and after the edit.</p>
 """
 
 
-def _plots(study: study_lib.Study) -> str:
+def _panels(study: study_lib.Study) -> str:
+  seeds = report_text.seeds(len(study.seeds))
+  panels = study.panels()
+  parts = [
+    "<h2>What became of the answers</h2>",
+    f'<p class="soft">Held-out pairs. Lines are means over {seeds}, bands '
+    "reach from the least to the greatest, dots are single seeds. The dotted "
+    "line is the reference, where every run starts.</p>",
+  ]
+  for panel in panels:
+    name = report_text.values_text(panel.values)
+    if len(panels) > 1:
+      parts.append(f"<h3>{_escape(name)}</h3>")
+    parts.append(f'<div class="plots">\n{_plots(study, panel)}\n</div>')
+  return "\n".join(parts)
+
+
+def _plots(study: study_lib.Study, panel: study_lib.Group) -> str:
+  name = report_text.values_text(panel.values)
+  settings = panel.settings
+  suffix = f", {name}" if name else ""
+
   def by_step(title: str, caption: str, metric: str, label: str):
-    svg = report_plots.by_step(study, metric, title=title, label=label)
+    svg = report_plots.by_step(
+      study, settings, metric, title=title + suffix, label=label
+    )
     return title, caption, svg
 
-  figures = (
+  def shares(title: str, caption: str, values, reference, label: str):
+    svg = report_plots.shares(
+      study,
+      settings,
+      values,
+      reference=reference,
+      title=title + suffix,
+      label=label,
+    )
+    return title, caption, svg
+
+  figures = [
     by_step(
       "Log-prob of the chosen answer",
-      "Below the dotted line the right answer has become less likely.",
+      "Below the dotted line the preferred answer has become less likely.",
       study_lib.CHOSEN_LOGP,
       "log-prob [nats]",
     ),
     by_step(
       "Log-prob of the rejected answer",
-      "The answer with the wrong step.",
+      "What every loss pushes down, against the chosen answer.",
       study_lib.REJECTED_LOGP,
       "log-prob [nats]",
     ),
-    (
-      "Chosen answer before, at and after the edit",
-      "The edit is where chosen and rejected differ. A long bar is an unlikely "
-      "token; the paper's fourth figure shows the part after the edit.",
-      report_plots.by_region(study),
-    ),
-    (
-      "Exact match",
-      "Greedy answers to held-out questions.",
-      report_plots.exact_match(study),
-    ),
+  ]
+  if any(map(study.has, study_lib.REGIONS)):
+    title = "Chosen answer before, at and after the edit"
+    figures.append(
+      (
+        title,
+        "The edit is where chosen and rejected differ. A long bar is an "
+        "unlikely token; the paper's fourth figure shows the part after the "
+        "edit.",
+        report_plots.by_region(study, settings, title=title + suffix),
+      )
+    )
+  figures.append(
+    shares(
+      "Accuracy",
+      "Share of pairs whose chosen answer gained more than the rejected one.",
+      lambda name: study.final(name, study_lib.ACCURACY),
+      None,
+      "pairs [%]",
+    )
+  )
+  if study.num_questions:
+    figures.append(
+      shares(
+        "Exact match",
+        "Greedy answers to held-out questions.",
+        study.exact_match,
+        study.reference.exact_match,
+        "questions answered rightly [%]",
+      )
+    )
+  figures += [
     by_step(
       "How often DPOP's penalty is, or would be, active",
       "Share of pairs whose chosen answer is less likely than under the "
@@ -173,7 +229,56 @@ def _plots(study: study_lib.Study) -> str:
       study_lib.PENALTY,
       "penalty [nats]",
     ),
-  )
+  ]
+  return _figures(figures)
+
+
+def _ablations(study: study_lib.Study) -> str:
+  parts = []
+  for key, groups in report_tables.ablations(study):
+    name = report_text.key_name(key)
+    parts.append(f"<h2>What {_escape(name)} does</h2>")
+    figures = []
+    results = [
+      (
+        "Log-ratio of the chosen answer",
+        "log-ratio [nats]",
+        0.0,
+        lambda name: study.logratios(name, study_lib.CHOSEN_LOGP),
+      ),
+      (
+        "Accuracy",
+        "share of pairs",
+        None,
+        lambda name: study.final(name, study_lib.ACCURACY),
+      ),
+    ]
+    if study.num_questions:
+      start = study.reference.exact_match
+      results.append(
+        ("Exact match", "share of questions", start, study.exact_match)
+      )
+    for title, label, reference, values in results:
+      svg = report_plots.by_value(
+        study,
+        key,
+        groups,
+        values,
+        reference=reference,
+        title=f"{title} by {name}",
+        label=label,
+      )
+      caption = f"After the last step, by {key}; vertical lines span the seeds."
+      figures.append((f"{title} by {name}", caption, svg))
+    parts.append(f'<div class="plots">\n{_figures(figures)}\n</div>')
+    for group in groups:
+      common = report_text.values_text(group.values)
+      parts.append(f"<p>{_escape(common)}:</p>")
+      parts.append(_html_table(report_tables.ablation(study, key, group)))
+  return "\n".join(parts)
+
+
+def _figures(figures) -> str:
   return "\n".join(
     f"<figure><h3>{_escape(title)}</h3>{svg}"
     f"<figcaption>{_escape(caption)}</figcaption></figure>"
@@ -216,8 +321,7 @@ def _example(study: study_lib.Study) -> str:
   return f'<h2>A pair</h2>\n<div class="pair">\n{figures}\n</div>'
 
 
-def _results(study: study_lib.Study) -> str:
-  table = report_text.results(study)
+def _html_table(table: report_tables.Table, *, has_header: bool = True) -> str:
   header = "".join(f"<th>{_escape(cell)}</th>" for cell in table.header)
   rows = "\n".join(
     f"<tr><th>{_escape(first)}</th>"
@@ -225,18 +329,11 @@ def _results(study: study_lib.Study) -> str:
     + "</tr>"
     for first, *others in table.rows
   )
+  head = f"<thead><tr>{header}</tr></thead>\n" if has_header else ""
   return (
-    f'<div class="scroll"><table>\n<thead><tr>{header}</tr></thead>\n'
-    f"<tbody>\n{rows}\n</tbody>\n</table></div>"
+    f'<div class="scroll"><table>\n{head}<tbody>\n{rows}\n</tbody>\n'
+    "</table></div>"
   )
-
-
-def _settings(study: study_lib.Study) -> str:
-  rows = "\n".join(
-    f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>"
-    for name, value in report_text.settings(study).rows
-  )
-  return f'<div class="scroll"><table><tbody>\n{rows}\n</tbody></table></div>'
 
 
 def _cell(text: str) -> str:

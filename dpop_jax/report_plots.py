@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpop_jax import report_text
 from dpop_jax import study as study_lib
@@ -23,21 +23,42 @@ _REFERENCE_COLOR = "#8b919b"
 _COLORS = {
   "dpo": "#d55e00",
   "ipo": "#cc79a7",
-  "slic": "#3d8fd1",
+  "slic_hinge": "#3d8fd1",
   "dpop": "#009e73",
 }
 _OTHER_COLORS = ("#e69f00", "#7a6fd0", "#b3a125", "#a0522d")
-_LINES = {"dpo": "-", "ipo": "--", "slic": "-.", "dpop": "-"}
+_LINES = ("-", "--", "-.", ":")
+_FIRST_LINE = {"ipo": 1, "slic_hinge": 2}
+_REGION_NAMES = {
+  study_lib.BEFORE_EDIT: "before the edit",
+  study_lib.AT_EDIT: "at the edit",
+  study_lib.AFTER_EDIT: "after the edit",
+}
+
+
+class _Style(NamedTuple):
+  """How a setting looks: of one loss in one hue, paler one after the other."""
+
+  color: str
+  alpha: float
+  line: str
+  label: str
 
 
 def by_step(
-  study: study_lib.Study, metric: str, *, title: str, label: str
+  study: study_lib.Study,
+  settings: Sequence[study_lib.Setting],
+  metric: str,
+  *,
+  title: str,
+  label: str,
 ) -> str:
-  """A metric against steps: a line per loss, a band from least to greatest.
+  """A metric against steps: a line per setting, a band from least to greatest.
 
   Args:
     study: Where the numbers are.
-    metric: One of `study.METRICS`.
+    settings: Those to show.
+    metric: One that all runs have.
     title: What the plot is called, for those who cannot see it; no two plots of
       a page may be called the same.
     label: The name of the vertical axis.
@@ -48,32 +69,26 @@ def by_step(
 
   def draw(axes):
     if metric in study.reference.metrics:
-      axes.axhline(
-        study.reference.metrics[metric],
-        color=_REFERENCE_COLOR,
-        linestyle=":",
-        linewidth=1.4,
-        label="SFT",
-      )
-    for loss in study.losses:
-      runs = study.runs_of(loss)
+      _reference_line(axes, study.reference.metrics[metric], "reference")
+    for setting, style in _styled(study, settings):
+      runs = study.runs_of(setting.name)
       values = [[record[metric] for record in run.records] for run in runs]
       columns = list(zip(*values, strict=True))
-      color = _color(study, loss)
       axes.plot(
         runs[0].steps,
         [sum(column) / len(column) for column in columns],
-        color=color,
-        linestyle=_LINES.get(loss, "-"),
-        linewidth=2.2 if loss == "dpop" else 1.7,
+        color=style.color,
+        alpha=style.alpha,
+        linestyle=style.line,
+        linewidth=2.0,
         marker="o" if len(columns) == 1 else None,
-        label=report_text.name_of(loss),
+        label=style.label,
       )
       axes.fill_between(
         runs[0].steps,
         [min(column) for column in columns],
         [max(column) for column in columns],
-        color=color,
+        color=style.color,
         alpha=0.18,
         linewidth=0,
       )
@@ -83,73 +98,144 @@ def by_step(
     axes.margins(x=0.02)
     _legend(axes)
 
-  return _svg(title, draw)
+  return svg(title, draw)
 
 
-def by_region(study: study_lib.Study) -> str:
-  """Log-prob per token of the chosen answer before, at and after the edit."""
-  regions = {
-    "before the edit": study_lib.BEFORE_EDIT,
-    "at the edit": study_lib.AT_EDIT,
-    "after the edit": study_lib.AFTER_EDIT,
-  }
+def by_region(
+  study: study_lib.Study,
+  settings: Sequence[study_lib.Setting],
+  *,
+  title: str,
+) -> str:
+  """Log-prob per token of the chosen answer before, at and after the edit.
+
+  Regions without a token are left out; see `by_step` for the arguments.
+  """
+  regions = [metric for metric in study_lib.REGIONS if study.has(metric)]
 
   def draw(axes):
-    num_bars = len(study.losses) + 1
+    num_bars = len(settings) + 1
     width = 0.8 / num_bars
-    for index, loss in enumerate((None, *study.losses)):
-      for region, metric in enumerate(regions.values()):
-        if loss is None:
-          values = [study.reference.metrics[metric]]
-        else:
-          values = study.final(loss, metric)
-        center = region + (index - (num_bars - 1) / 2) * width
-        label = _label(loss) if region == 0 else None
-        _bar(axes, center, width, values, _color(study, loss), label)
+    for place, metric in enumerate(regions):
+      first = place - (num_bars - 1) / 2 * width
+      reference = _Style(_REFERENCE_COLOR, 1.0, ":", "reference")
+      value = study.reference.metrics[metric]
+      _bar(axes, first, width, [value], reference, is_named=place == 0)
+      for index, (setting, style) in enumerate(_styled(study, settings), 1):
+        values = study.final(setting.name, metric)
+        center = first + index * width
+        _bar(axes, center, width, values, style, is_named=place == 0)
     axes.axhline(0, color=_INK, linewidth=0.8)
-    axes.set_xticks(range(len(regions)), list(regions))
+    axes.set_xticks(range(len(regions)), [_REGION_NAMES[m] for m in regions])
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("log-prob per token [nats]")
     _legend(axes)
 
-  return _svg("Log-prob per token by region of the chosen answer", draw)
+  return svg(title, draw)
 
 
-def exact_match(study: study_lib.Study) -> str:
-  """Exact match of the reference and each loss, each seed as a dot."""
+def shares(
+  study: study_lib.Study,
+  settings: Sequence[study_lib.Setting],
+  values: Callable[[str], Sequence[float | int]],
+  *,
+  reference: float | int | None,
+  title: str,
+  label: str,
+) -> str:
+  """A bar per setting of something between 0 and 1, each seed as a dot.
+
+  Args:
+    study: Where the numbers are.
+    settings: Those to show.
+    values: From the name of a setting to a share per seed.
+    reference: The reference's share, if it has one.
+    title: See `by_step`.
+    label: The name of the vertical axis.
+  """
 
   def draw(axes):
-    losses = (None, *study.losses)
-    for index, loss in enumerate(losses):
-      if loss is None:
-        values = [study.reference.exact_match]
-      else:
-        values = study.exact_match(loss)
-      percents = [100 * value for value in values]
-      _bar(axes, index, 0.62, percents, _color(study, loss), None)
+    for place, (setting, style) in enumerate(_styled(study, settings)):
+      percents = [100 * value for value in values(setting.name)]
+      _bar(axes, place, 0.62, percents, style, is_named=True)
       mean = sum(percents) / len(percents)
       if math.isfinite(mean):
-        top = max(percents)
         axes.annotate(
           f"{mean:.0f}",
-          (index, top),
+          (place, max(percents)),
           xytext=(0, 6),
           textcoords="offset points",
           ha="center",
         )
-    axes.axhline(
-      100 * study.reference.exact_match,
-      color=_REFERENCE_COLOR,
-      linestyle=":",
-      linewidth=1.4,
-    )
-    axes.set_xticks(range(len(losses)), [_label(loss) for loss in losses])
-    axes.tick_params(axis="x", length=0)
+    if reference is not None:
+      _reference_line(axes, 100 * reference, "reference")
+    axes.set_xticks([])
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 25))
-    axes.set_ylabel("questions answered rightly [%]")
+    axes.set_ylabel(label)
+    _legend(axes)
 
-  return _svg("Exact match by loss", draw)
+  return svg(title, draw)
+
+
+def by_value(
+  study: study_lib.Study,
+  key: str,
+  groups: Sequence[study_lib.Group],
+  values: Callable[[str], Sequence[float | int]],
+  *,
+  reference: float | int | None,
+  title: str,
+  label: str,
+) -> str:
+  """A result against the values of a config key, which are equally far apart.
+
+  Args:
+    study: Where the numbers are.
+    key: The config key.
+    groups: A line each, of settings that differ in this key only.
+    values: From the name of a setting to a result per seed.
+    reference: The reference's, if it has one.
+    title: See `by_step`.
+    label: The name of the vertical axis.
+  """
+  # Each group is in order, but may lack some of the values.
+  settings = [setting for group in groups for setting in group.settings]
+  every = study_lib.in_order(setting.values[key] for setting in settings)
+  ticks = [report_text.values_text({key: value}) for value in every]
+
+  def draw(axes):
+    if reference is not None:
+      _reference_line(axes, reference, "reference")
+    firsts = [group.settings[0] for group in groups]
+    for group, (_, style) in zip(groups, _styled(study, firsts), strict=True):
+      places = [every.index(s.values[key]) for s in group.settings]
+      results = [values(setting.name) for setting in group.settings]
+      axes.plot(
+        places,
+        [sum(found) / len(found) for found in results],
+        color=style.color,
+        alpha=style.alpha,
+        linestyle=style.line,
+        linewidth=2.0,
+        marker="o",
+        label=report_text.values_text(group.values),
+      )
+      for place, found in zip(places, results, strict=True):
+        if len(found) > 1:
+          axes.vlines(place, min(found), max(found), color=style.color)
+    axes.set_xticks(range(len(every)), ticks)
+    axes.margins(x=0.08)
+    axes.set_ylabel(label)
+    _legend(axes)
+
+  return svg(title, draw)
+
+
+def _reference_line(axes, value, label) -> None:
+  axes.axhline(
+    value, color=_REFERENCE_COLOR, linestyle=":", linewidth=1.4, label=label
+  )
 
 
 def _bar(
@@ -157,11 +243,20 @@ def _bar(
   center: float | int,
   width: float,
   values: Sequence[float | int],
-  color: str,
-  label: str | None,
+  style: _Style,
+  *,
+  is_named: bool,
 ) -> None:
   mean = sum(values) / len(values)
-  axes.bar(center, mean, 0.92 * width, color=color, label=label)
+  label = style.label if is_named else None
+  axes.bar(
+    center,
+    mean,
+    0.92 * width,
+    color=style.color,
+    alpha=style.alpha,
+    label=label,
+  )
   if len(values) > 1:
     # Side by side where they would lie upon each other.
     step = width / (len(values) + 1)
@@ -181,25 +276,37 @@ def _bar(
     )
 
 
-def _label(loss: str | None) -> str:
-  return "SFT" if loss is None else report_text.name_of(loss)
-
-
-def _color(study: study_lib.Study, loss: str | None) -> str:
-  if loss is None:
-    return _REFERENCE_COLOR
-  others = [other for other in study.losses if other not in _COLORS]
-  if loss in others:
-    return _OTHER_COLORS[others.index(loss) % len(_OTHER_COLORS)]
-  return _COLORS[loss]
+def _styled(study, settings) -> list[tuple[study_lib.Setting, _Style]]:
+  others = [loss for loss in study.losses if loss not in _COLORS]
+  keys = (study_lib.LOSS, *study_lib.varied(settings))
+  seen: dict[str, int] = {}
+  found = []
+  for setting in settings:
+    loss = setting.loss
+    count = sum(other.loss == loss for other in settings)
+    index = seen.get(loss, 0)
+    seen[loss] = index + 1
+    if loss in others:
+      color = _OTHER_COLORS[others.index(loss) % len(_OTHER_COLORS)]
+    else:
+      color = _COLORS[loss]
+    line = _LINES[(_FIRST_LINE.get(loss, 0) + index) % len(_LINES)]
+    # From pale to full, in their order.
+    alpha = 1.0 if count == 1 else 0.4 + 0.6 * index / (count - 1)
+    values = {key: setting.values[key] for key in keys if key in setting.values}
+    name = report_text.values_text(values)
+    found.append((setting, _Style(color, alpha, line, name)))
+  return found
 
 
 def _legend(axes) -> None:
   # Above the axes, where it can cover nothing.
+  _, labels = axes.get_legend_handles_labels()
+  longest = max(map(len, labels), default=0)
   axes.legend(
     loc="lower center",
     bbox_to_anchor=(0.45, 1.0),
-    ncols=5,
+    ncols=5 if longest < 14 and len(labels) < 6 else 3,
     frameon=False,
     handlelength=1.6,
     columnspacing=1.2,
@@ -207,7 +314,7 @@ def _legend(axes) -> None:
   )
 
 
-def _svg(title: str, draw: Callable[[Any], None]) -> str:
+def svg(title: str, draw: Callable[[Any], None]) -> str:
   """Runs `draw` on fresh axes and returns them as an <svg> element."""
   # Slow to import, and nobody else needs it.
   import matplotlib

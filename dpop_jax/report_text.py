@@ -7,23 +7,40 @@ seeds, and holds or does not.
 import decimal
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpop_jax import study as study_lib
 
-_NAMES = {"dpo": "DPO", "ipo": "IPO", "slic": "SLiC", "dpop": "DPOP"}
+_NAMES = {
+  "dpo": "DPO",
+  "cdpo": "cDPO",
+  "ipo": "IPO",
+  "ipo_mean": "IPO (mean)",
+  "slic_hinge": "SLiC (hinge)",
+  "slic": "SLiC",
+  "dpop": "DPOP",
+}
+_SYMBOLS = {
+  study_lib.BETA: "β",
+  study_lib.LAMBDA: "λ",
+  "optimizer.peak_learning_rate": "learning rate",
+}
+
+# More are not told one by one in the verdict.
+_MOST_FAILED = 5
 
 INTRODUCTION = (
-  "Each loss trained the same supervised model on the same pairs of answers. "
-  "The two answers of a pair differ in one place, the edit; what follows it is "
-  "right, but in the rejected answer it stands behind something wrong. The "
-  "paper argues that DPO then makes what follows less likely in both, and DPOP "
-  "adds a penalty on chosen answers that become less likely than they were."
+  "Each setting trained the same model on the same pairs of answers. Where the "
+  "two answers of a pair differ in few tokens, the edit, what follows the edit "
+  "is alike in both, but in the rejected answer it stands behind something "
+  "wrong. The paper argues that DPO then makes what follows less likely in "
+  "both, and DPOP adds a penalty on chosen answers that become less likely "
+  "than they were."
 )
 
 
 class Claim(NamedTuple):
-  """A statement about one run, and in which seeds it is so.
+  """A statement about one setting, and in which seeds it is so.
 
   Attributes:
     text: The statement.
@@ -43,16 +60,33 @@ class Claim(NamedTuple):
     return f"{sum(self.holds)} of {seeds(len(self.holds))}"
 
 
-class Table(NamedTuple):
-  """Column names and rows of text; the first column names the row."""
-
-  header: tuple[str, ...]
-  rows: tuple[tuple[str, ...], ...]
-
-
 def name_of(loss: str) -> str:
   """How a loss is written, "DPOP" for "dpop"."""
   return _NAMES.get(loss, loss)
+
+
+def key_name(key: str) -> str:
+  """How a config key is written: "λ", or its last part."""
+  return _SYMBOLS.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
+
+
+def values_text(values: Mapping[str, Any]) -> str:
+  """ "DPOP, λ = 50", from config keys and values."""
+  parts = [
+    name_of(value)
+    if key == study_lib.LOSS
+    else f"{key_name(key)} = {_of(value)}"
+    for key, value in values.items()
+  ]
+  return ", ".join(parts)
+
+
+def label(study: study_lib.Study, setting: study_lib.Setting) -> str:
+  """What tells a setting from the others: its loss, and what is varied."""
+  keys = (study_lib.LOSS, *study.varied)
+  return values_text(
+    {key: setting.values[key] for key in keys if key in setting.values}
+  )
 
 
 def number(value: float | int) -> str:
@@ -91,49 +125,62 @@ def claims(study: study_lib.Study) -> list[Claim]:
   less likely than under the reference, and the tokens after the edit too; for
   DPOP that neither happens and that no accuracy is lost.
   """
-  reference = study.reference
-  before = reference.metrics
-
-  def below(loss: str, metric: str) -> tuple[bool, ...]:
-    return tuple(v < before[metric] for v in study.final(loss, metric))
-
-  def not_below(loss: str, metric: str) -> tuple[bool, ...]:
-    return tuple(v >= before[metric] for v in study.final(loss, metric))
-
+  start = study.reference.metrics
   found = []
-  if "dpo" in study.losses:
-    found += [
-      Claim(
-        "DPO makes the chosen answers less likely than the reference does.",
-        below("dpo", study_lib.CHOSEN_LOGP),
-      ),
-      Claim(
-        "DPO makes the tokens after the edit less likely.",
-        below("dpo", study_lib.AFTER_EDIT),
-      ),
-    ]
-  if "dpop" in study.losses:
-    found += [
-      Claim(
-        "DPOP keeps the chosen answers at least as likely.",
-        not_below("dpop", study_lib.CHOSEN_LOGP),
-      ),
-      Claim(
-        "DPOP keeps the tokens after the edit at least as likely.",
-        not_below("dpop", study_lib.AFTER_EDIT),
-      ),
-      Claim(
-        "DPOP answers at least as many questions rightly as the reference.",
-        tuple(v >= reference.exact_match for v in study.exact_match("dpop")),
-      ),
-    ]
+  for setting in study.shown:
+    name, text = setting.name, label(study, setting)
+    chosen = study.final(name, study_lib.CHOSEN_LOGP)
+    before = start[study_lib.CHOSEN_LOGP]
+    after_edit, after_before = [], 0.0
+    if study.has(study_lib.AFTER_EDIT):
+      after_edit = study.final(name, study_lib.AFTER_EDIT)
+      after_before = start[study_lib.AFTER_EDIT]
+    if setting.is_dpo:
+      found.append(
+        Claim(
+          f"{text} makes the chosen answers less likely than the reference "
+          "does.",
+          tuple(value < before for value in chosen),
+        )
+      )
+      if after_edit:
+        found.append(
+          Claim(
+            f"{text} makes the tokens after the edit less likely.",
+            tuple(value < after_before for value in after_edit),
+          )
+        )
+    if setting.is_dpop:
+      found.append(
+        Claim(
+          f"{text} keeps the chosen answers at least as likely.",
+          tuple(value >= before for value in chosen),
+        )
+      )
+      if after_edit:
+        found.append(
+          Claim(
+            f"{text} keeps the tokens after the edit at least as likely.",
+            tuple(value >= after_before for value in after_edit),
+          )
+        )
+      reference = study.reference.exact_match
+      if reference is not None:
+        found.append(
+          Claim(
+            f"{text} answers at least as many questions rightly as the "
+            "reference.",
+            tuple(v >= reference for v in study.exact_match(name)),
+          )
+        )
   return found
 
 
 def verdict(study: study_lib.Study) -> str:
   """One or two sentences: does the paper's effect show in this study?"""
   found = claims(study)
-  if not {"dpo", "dpop"} <= set(study.losses):
+  shown = study.shown
+  if not (any(s.is_dpo for s in shown) and any(s.is_dpop for s in shown)):
     return (
       "The paper's effect is a difference between DPO and DPOP; this study "
       "does not hold both."
@@ -147,6 +194,8 @@ def verdict(study: study_lib.Study) -> str:
   which = " ".join(
     f"“{claim.text}” holds in {claim.count} only." for claim in failed
   )
+  if len(failed) > _MOST_FAILED:
+    which = "The statements that do not are marked below."
   if len(failed) == len(found):
     return f"The paper's effect does not show here. {which}"
   return (
@@ -156,32 +205,45 @@ def verdict(study: study_lib.Study) -> str:
 
 
 def observations(study: study_lib.Study) -> list[str]:
-  """For each loss, what became of the reference, in one sentence."""
-  reference = study.reference
+  """For each setting, what became of the reference, in one sentence."""
+  start = study.reference.metrics
   sentences = []
-  for loss in study.losses:
-    chosen = study.final(loss, study_lib.CHOSEN_LOGP)
-    after_edit = study.final(loss, study_lib.AFTER_EDIT)
-    exact_match = study.exact_match(loss)
+  for setting in study.shown:
+    name = setting.name
+    chosen = study.final(name, study_lib.CHOSEN_LOGP)
+    before = start[study_lib.CHOSEN_LOGP]
+    parts = [
+      f"{label(study, setting)}: the log-prob of a chosen answer went from "
+      f"{number(before)} to {spread(chosen)} nats and "
+      f"{_direction(chosen, before)}"
+    ]
+    if study.has(study_lib.AFTER_EDIT):
+      after_edit = study.final(name, study_lib.AFTER_EDIT)
+      before = start[study_lib.AFTER_EDIT]
+      parts.append(
+        f"per token after the edit from {number(before)} to "
+        f"{spread(after_edit)}, which {_direction(after_edit, before)}"
+      )
+    if study.reference.exact_match is not None:
+      parts.append(
+        f"exact match from {percent(study.reference.exact_match)} to "
+        f"{spread(study.exact_match(name), percent)}"
+      )
+    sentences.append("; ".join(parts) + ".")
+  for failure in study.failures:
     sentences.append(
-      f"{name_of(loss)}: the log-prob of a chosen answer went from "
-      f"{number(reference.metrics[study_lib.CHOSEN_LOGP])} to "
-      f"{spread(chosen)} nats and "
-      f"{_direction(chosen, reference.metrics[study_lib.CHOSEN_LOGP])}; per "
-      "token after the edit from "
-      f"{number(reference.metrics[study_lib.AFTER_EDIT])} to "
-      f"{spread(after_edit)}, which "
-      f"{_direction(after_edit, reference.metrics[study_lib.AFTER_EDIT])}; "
-      f"exact match from {percent(reference.exact_match)} to "
-      f"{spread(exact_match, percent)}."
+      f"{failure.setting} with seed {failure.seed} did not reach its end: "
+      f"{failure.reason}"
     )
   return sentences
 
 
 def resolution(study: study_lib.Study) -> str:
-  """How fine exact match can be measured with so many questions."""
-  n = study.num_questions
+  """How fine exact match can be measured with so many questions, or ""."""
   p = study.reference.exact_match
+  if p is None:
+    return ""
+  n = study.num_questions
   error = math.sqrt(p * (1 - p) / n)
   return (
     f"Exact match is over {n:,} questions: one question is {percent(1 / n)}, "
@@ -189,82 +251,9 @@ def resolution(study: study_lib.Study) -> str:
   )
 
 
-def results(study: study_lib.Study) -> Table:
-  """The reference and each loss: log-probs and exact match after training."""
-  columns = {
-    "chosen": study_lib.CHOSEN_LOGP,
-    "rejected": study_lib.REJECTED_LOGP,
-    "before edit": study_lib.BEFORE_EDIT,
-    "at edit": study_lib.AT_EDIT,
-    "after edit": study_lib.AFTER_EDIT,
-  }
-  reference = study.reference
-  rows = [
-    (
-      "SFT reference",
-      *(number(reference.metrics[metric]) for metric in columns.values()),
-      percent(reference.exact_match),
-    )
-  ]
-  for loss in study.losses:
-    rows.append(
-      (
-        name_of(loss),
-        *(spread(study.final(loss, metric)) for metric in columns.values()),
-        spread(study.exact_match(loss), percent),
-      )
-    )
-  return Table(("", *columns, "exact match"), tuple(rows))
-
-
-def settings(study: study_lib.Study) -> Table:
-  """The settings, those of nested mappings by their dotted names."""
-  rows = []
-
-  def add(prefix: str, value) -> None:
-    if isinstance(value, Mapping):
-      for key, inner in value.items():
-        add(f"{prefix}.{key}" if prefix else str(key), inner)
-    else:
-      rows.append((prefix, str(value)))
-
-  add("", study.settings)
-  return Table(("setting", "value"), tuple(rows))
-
-
-def markdown(study: study_lib.Study) -> str:
-  """The whole report as Markdown, without its plots."""
-  found = claims(study)
-  parts = [
-    "# Losses compared",
-    verdict(study),
-    INTRODUCTION,
-    *(["## Statements", _markdown_claims(found)] if found else []),
-    "## Results",
-    f"Mean over {seeds(len(study.seeds))} (least to greatest), in nats: the "
-    "log-prob of an answer (chosen, rejected), and per token of the chosen "
-    "answer before, at and after the edit. Held-out pairs and questions.",
-    _markdown_table(results(study)),
-    "\n".join(f"- {sentence}" for sentence in observations(study)),
-    resolution(study),
-    "## Settings",
-    _markdown_table(settings(study)),
-    "The plots are in report.html, the numbers in summary.json.",
-  ]
-  return "\n\n".join(parts) + "\n"
-
-
-def _markdown_claims(found: Sequence[Claim]) -> str:
-  rows = tuple((claim.text, claim.count) for claim in found)
-  return _markdown_table(Table(("statement", "holds in"), rows))
-
-
-def _markdown_table(table: Table) -> str:
-  lines = [table.header, ("---",) * len(table.header), *table.rows]
-  return "\n".join(
-    "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-    for line in lines
-  )
+def _of(value: Any) -> str:
+  is_float = isinstance(value, float)
+  return f"{value:g}".replace("e-0", "e-") if is_float else str(value)
 
 
 def _direction(values: Sequence[float | int], start: float | int) -> str:

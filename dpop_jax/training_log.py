@@ -10,7 +10,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpop_jax import checkpoints, metric_writers, name_lists, progress, steps
+from dpop_jax import (
+  checkpoints,
+  chosen_watch,
+  metric_writers,
+  name_lists,
+  progress,
+  steps,
+)
 from dpop_jax import config as config_lib
 from dpop_jax import metrics as metrics_lib
 from dpop_jax import pairs as pairs_lib
@@ -22,6 +29,7 @@ from dpop_jax.data import plan as plan_lib
 _INITIAL_LOSS_TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-3}
 
 _UNWRITTEN = "unwritten metrics"
+_WATCHED = "watched evaluations"
 
 
 class TrainingLog:
@@ -42,6 +50,7 @@ class TrainingLog:
     self._param_names = _names(program.abstract_state.params)
     replicated = NamedSharding(program.mesh, P())
     self._are_finite = jax.jit(_are_finite, out_shardings=replicated)
+    self._watch = chosen_watch.ChosenWatch(config)
     self._metrics: steps.Metrics = {}
     self._planned: list[plan_lib.PlannedStep] = []
     self._clock = time.perf_counter()
@@ -113,19 +122,23 @@ class TrainingLog:
     self._bar.print(f"eval   step {step}: {shown}")
     if step == 0:
       check_initial_loss(self._config, values["loss"])
+    if warning := self._watch.add(step, values):
+      self._bar.print(warning)
 
   def keep(self) -> checkpoints.Notes:
     """Makes what was written outlive the process, whatever the workdir is.
 
     Returns:
-      What is averaged and not written yet, for `continue_from`.
+      What is averaged and not written yet, and what the evaluations gave
+      reason to watch, for `continue_from`.
     """
     self._writer.flush()
     return {
       _UNWRITTEN: {
         name: [float(value.total), float(value.weight)]
         for name, value in self._metrics.items()
-      }
+      },
+      _WATCHED: self._watch.notes(),
     }
 
   def continue_from(self, notes: checkpoints.Notes) -> None:
@@ -138,6 +151,7 @@ class TrainingLog:
       name: pairs_lib.WeightedSum(np.float32(total), np.float32(weight))
       for name, (total, weight) in notes.get(_UNWRITTEN, {}).items()
     }
+    self._watch.continue_from(notes.get(_WATCHED, {}))
 
   def check_state(self, step: int, state: steps.State) -> None:
     """Raises FloatingPointError, with names, if not all of it is finite."""
@@ -155,7 +169,9 @@ class TrainingLog:
     total = lambda name: sum(getattr(p, name) for p in self._planned)
     config = self._config.batch
     capacity = (
-      total("num_microbatches") * config.rows_per_microbatch * config.row_length
+      total("num_microbatches")
+      * config.rows_per_microbatch
+      * self._plan.capacity.tokens
     )
     tokens = total("num_tokens")
     pairs = len(self._planned) * config.batch_size
@@ -196,7 +212,12 @@ def check_initial_loss(config: config_lib.Config, loss: float) -> None:
     f"The first loss is {loss:.6f} instead of {expected:.6f}: policy and "
     "reference score the same answers differently although they are the same "
     "model. Compute both in model.dtype='float32', with reference.param_dtype "
-    "as model.param_dtype."
+    "as model.param_dtype"
+    + (
+      "."
+      if config.reference.cache_dir is None
+      else ", or set reference.cache_dir to None."
+    )
   )
 
 

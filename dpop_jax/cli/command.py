@@ -9,6 +9,9 @@ from absl import app, flags, logging
 
 from dpop_jax import processes
 
+# What a process that ends on SIGTERM is expected to return.
+EXIT_TERMINATED = 128 + 15
+
 
 def run(
   main: Callable[[], int | None], *, in_several_processes: bool = False

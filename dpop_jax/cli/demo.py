@@ -18,7 +18,7 @@ _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each loss.")
 
 
 def main() -> int:
-  from dpop_jax import config, demo  # noqa: PLC0415 (slow to import)
+  from dpop_jax import compare, config, demo  # Slow to import.
 
   seeds = [int(seed) for seed in _SEEDS.value]
   if not seeds or len(set(seeds)) < len(seeds):
@@ -40,11 +40,11 @@ def main() -> int:
     stage_config.update_from_flattened_dict(values)
     return config.from_config_dict(stage_config)
 
-  page = demo.run(
-    _WORKDIR.value,
-    config_of,
-    seeds=seeds,
-  )
+  try:
+    page = demo.run(_WORKDIR.value, config_of, seeds=seeds)
+  except compare.Stopped as stopped:
+    print(stopped, flush=True)
+    return command.EXIT_TERMINATED
   print((page.parent / "report.md").read_text())
   print(f"The report is at {page}")
   return 0

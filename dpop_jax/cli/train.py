@@ -20,8 +20,6 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run: checkpoints, metrics, config."
 )
-# What a process that ends on SIGTERM is expected to return.
-_EXIT_TERMINATED = 128 + 15
 
 
 def main() -> int:
@@ -31,7 +29,7 @@ def main() -> int:
   if processes.is_first():
     for name, value in (result.eval_metrics or {}).items():
       print(f"{name:45s} {value: .6g}")
-  return 0 if result.is_complete else _EXIT_TERMINATED
+  return 0 if result.is_complete else command.EXIT_TERMINATED
 
 
 if __name__ == "__main__":
