@@ -134,8 +134,8 @@ def _check_float16(params):
   ]
   if beyond:
     raise ValueError(
-      f"float16 holds numbers up to {_FLOAT16_MAX:,}, but there are weights beyond "
-      f"in {name_lists.listed(beyond)}; export with --dtype=bfloat16."
+      f"float16 holds numbers up to {_FLOAT16_MAX:,}, but there are weights "
+      f"beyond in {name_lists.listed(beyond)}; export with --dtype=bfloat16."
     )
 
 
