@@ -10,9 +10,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/setup.stamp
 PARITY_STAMP := $(VENV)/parity.stamp
+TPU_STAMP := $(VENV)/tpu.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity lint format
+.PHONY: help setup demo test test-parity test-tpu lint format
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -22,11 +23,15 @@ setup: $(STAMP) ## Make .venv with the package and the pinned tools.
 demo: $(STAMP) ## Train the demo on a CPU; WORKDIR=... says where to.
 	$(BIN)/python -m dpop_jax.cli.demo --workdir=$(WORKDIR)
 
+# Where the TPU compiler has been installed, without the minutes that it takes.
 test: $(STAMP) ## Run the tests; TEST_ARGS="-k losses" picks some.
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not tpu" $(TEST_ARGS)
 
 test-parity: $(PARITY_STAMP) ## Compare with transformers' models in PyTorch.
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest tests/parity $(TEST_ARGS)
+
+test-tpu: $(TPU_STAMP) ## Compile steps, large ones too, with the TPU compiler.
+	$(BIN)/python -m pytest -m tpu $(TEST_ARGS)
 
 lint: $(STAMP) ## Check format, style, types, import layers and scripts.
 	$(BIN)/ruff format --check .
@@ -50,7 +55,12 @@ $(STAMP): setup.py constraints.txt dpop_jax/__init__.py
 	  --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# Apart, because PyTorch is large and nothing else needs it.
+# Apart, because the TPU compiler is large, and so is PyTorch.
+$(TPU_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[tpu]'
+	@touch $@
+
 $(PARITY_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[parity]'

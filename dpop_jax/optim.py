@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpop_jax import sharding
+
 # Step, from 0, -> learning rate of that step's update.
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -51,6 +53,9 @@ class OptimizerConfig:
     eps: Added to the root of AdamW's or RMSprop's second moment (1e-8).
     weight_decay: Decoupled, times the learning rate (0); AdamW and Adafactor.
       It spares parameters named `scale` or `bias`.
+    host_offload: Keep the state of the layers' matrices in the memory of the
+      devices' hosts; an update fetches and returns a layer's at a time. AdamW
+      and RMSprop.
 
   Raises:
     ValueError: A value is out of range, or set where it would be ignored.
@@ -67,6 +72,7 @@ class OptimizerConfig:
   decay: float | None = None
   eps: float | None = None
   weight_decay: float | None = None
+  host_offload: bool = False
 
   def __post_init__(self):
     _check_choice("name", self.name, _OPTIONS)
@@ -85,6 +91,11 @@ class OptimizerConfig:
       raise ValueError(
         "optimizer.end_learning_rate_fraction is set, but a constant schedule "
         "does not end lower. Leave it at None or choose linear or cosine."
+      )
+    if self.host_offload and self.name == "adafactor":
+      raise ValueError(
+        "optimizer.host_offload is set, but the state of adafactor is small "
+        "and stays on the devices; leave it at False."
       )
     is_positive = lambda value: 0 < value < float("inf")
     is_share = lambda value: 0 <= value <= 1
@@ -162,18 +173,102 @@ def make_optimizer(
       optax.scale_by_factored_rms(),
       optax.clip_by_block_rms(1.0),
     ]
-  transformations = [_refuse_low_precision()]
+  before = [_refuse_low_precision()]
   if config.max_grad_norm is not None:
-    transformations.append(optax.clip_by_global_norm(config.max_grad_norm))
-  transformations += preconditioners
+    before.append(optax.clip_by_global_norm(config.max_grad_norm))
+  elementwise = preconditioners
   if options.get("weight_decay"):
     # Before the learning rate, which then scales it. optax.adafactor adds it
     # after, so that there a decay of 0.1 takes a tenth off at every step.
-    transformations.append(
+    elementwise.append(
       optax.add_decayed_weights(options["weight_decay"], mask=_is_decayed)
     )
-  transformations.append(optax.scale_by_learning_rate(schedule))
-  return optax.chain(*transformations), schedule
+  elementwise.append(optax.scale_by_learning_rate(schedule))
+  if config.host_offload:
+    return _with_state_on_hosts(before, elementwise), schedule
+  return optax.chain(*before, *elementwise), schedule
+
+
+def _with_state_on_hosts(
+  before: list[optax.GradientTransformation],
+  elementwise: list[optax.GradientTransformation],
+) -> optax.GradientTransformation:
+  """A chain of both, for a state that is in host memory between updates.
+
+  Of stacked layers, the state of one at a time is fetched and put back. This is
+  a loop, for what is not in one the TPU compiler fetches at once, before the
+  forward pass.
+
+  Args:
+    before: Transformations of all gradients together, whose state is empty.
+    elementwise: Those that treat each number by itself.
+  """
+  rest = optax.chain(*elementwise)
+
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
+    own_states, first = state[len(before) :], state[: len(before)]
+    result: Any = optax.chain(*before).update(updates, first, params)
+    updates, first = result
+    treedef = jax.tree.structure(updates)
+    is_tree = lambda x: jax.tree.structure(x) == treedef
+    nodes, outer = jax.tree.flatten(own_states, is_leaf=is_tree)
+    columns = [jax.tree.leaves(x) if is_tree(x) else None for x in nodes]
+    new_updates: list[Any] = []
+    new_columns: list[list[Any]] = [[] for _ in nodes]
+    for i, (path, gradient) in enumerate(
+      jax.tree_util.tree_leaves_with_path(updates)
+    ):
+      # Its name says whether weights decay.
+      name = jax.tree_util.keystr(path[-1:], simple=True)
+
+      def run(gradient, held, param, name=name):
+        trees = [
+          node if column is None else {name: x}
+          for node, column, x in zip(nodes, columns, held, strict=True)
+        ]
+        result: Any = rest.update(
+          {name: gradient}, outer.unflatten(trees), {name: param}
+        )
+        return result[0][name], jax.tree.leaves(result[1])
+
+      held = [column and column[i] for column in columns]
+      param = jax.tree.leaves(params)[i]
+      new_update, held = _update_by_layers(run, gradient, held, param)
+      new_updates.append(new_update)
+      for column, x in zip(new_columns, held, strict=True):
+        column.append(x)
+    nodes = [
+      # Step counts: of a parameter that is not in a loop.
+      next(x for x in new if x is not None)
+      if column is None
+      else treedef.unflatten(new)
+      for column, new in zip(columns, new_columns, strict=True)
+    ]
+    after: Any = outer.unflatten(nodes)
+    return treedef.unflatten(new_updates), (*first, *after)
+
+  return optax.GradientTransformation(
+    optax.chain(*before, *elementwise).init, update
+  )
+
+
+def _update_by_layers(run, gradient, held, param):
+  """`run` with one layer's state after the other, if it is on hosts."""
+  if not any(x is not None and sharding.is_on_host(x) for x in held):
+    return run(gradient, held, param)
+
+  def layer(i, carry):
+    gradient, held = carry
+    take = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1)
+    fetched = [x if x is None else sharding.fetched(take(x)) for x in held]
+    result, after = run(take(gradient), fetched, take(param))
+    put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i, 0)
+    return put(gradient, result), [
+      old if old is None else put(old, sharding.put_back(new))
+      for new, old in zip(after, held, strict=True)
+    ]
+
+  return jax.lax.fori_loop(0, gradient.shape[0], layer, (gradient, held))
 
 
 def _make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:

@@ -26,22 +26,29 @@ class Program(NamedTuple):
   Attributes:
     mesh: Where everything lies.
     abstract_state: `steps.State` of shapes, dtypes and shardings.
-    abstract_reference: The reference's parameters likewise; None for SFT.
+    abstract_reference: The reference's parameters likewise; None for SFT, and
+      where its log-probs come with the batch.
+    abstract_scored: Those parameters where they score these log-probs before
+      the first step; else None.
     batch_sharding: Of the arrays of a PackedBatch [microbatches, rows, ...].
     init_opt_state: Parameters to a fresh optimizer state, born sharded.
     schedule: Learning rate at a step.
     train_step: Jitted `steps.train_step`; donates the state.
     eval_step: Jitted `steps.eval_step`.
+    score_step: Jitted `steps.score_step` of `abstract_scored`, if that is not
+      None; its result is on all devices.
   """
 
   mesh: jax.sharding.Mesh
   abstract_state: steps.State
   abstract_reference: steps.Params | None
+  abstract_scored: steps.Params | None
   batch_sharding: NamedSharding
   init_opt_state: Callable[[steps.Params], optax.OptState]
   schedule: optim.Schedule
   train_step: jax.stages.Wrapped
   eval_step: jax.stages.Wrapped
+  score_step: jax.stages.Wrapped | None
 
 
 def make_program(
@@ -71,16 +78,22 @@ def make_program(
   params = decoder.abstract_params(config.model, mesh)
   replicated = NamedSharding(mesh, P())
   opt_state = _abstract_opt_state(optimizer, params, replicated)
+  shardings = functools.partial(jax.tree.map, lambda x: x.sharding)
+  if config.optimizer.host_offload:
+    opt_state = _on_host(opt_state)
   state = steps.State(
     step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
     params=params,
     opt_state=opt_state,
   )
-  reference = None
+  reference = scored = None
   if not objective.is_sft:
     reference = decoder.abstract_params(reference_model, mesh)
+    if config.reference.host_offload:
+      reference = _on_host(reference)
+  if config.reference.cache_dir is not None:
+    reference, scored = None, reference
   batch_sharding = NamedSharding(mesh, P(None, sharding.ROW_AXES))
-  shardings = functools.partial(jax.tree.map, lambda x: x.sharding)
   inputs = (shardings(reference), batch_sharding, replicated)
   step = functools.partial(
     steps.train_step,
@@ -99,6 +112,7 @@ def make_program(
     mesh=mesh,
     abstract_state=state,
     abstract_reference=reference,
+    abstract_scored=scored,
     batch_sharding=batch_sharding,
     init_opt_state=jax.jit(
       optimizer.init,
@@ -117,6 +131,12 @@ def make_program(
       in_shardings=(shardings(params), *inputs),
       out_shardings=replicated,
     ),
+    score_step=scored
+    and jax.jit(
+      functools.partial(steps.score_step, config=reference_model),
+      in_shardings=(shardings(scored), batch_sharding),
+      out_shardings=replicated,
+    ),
   )
 
 
@@ -126,7 +146,13 @@ def check(
   *,
   reference_model: decoder.DecoderConfig,
 ) -> None:
-  """Raises ValueError if the mesh does not divide the models or the rows."""
+  """Raises ValueError if the mesh does not divide the models or the rows.
+
+  Also where its devices cannot keep on their hosts what should be there.
+  """
+  for name in ("optimizer", "reference"):
+    if getattr(config, name).host_offload:
+      sharding.check_host_memory(mesh.devices.flat[0], f"{name}.host_offload")
   for model in dict.fromkeys((config.model, reference_model)):
     try:
       model.check_mesh(mesh)
@@ -184,10 +210,35 @@ def compile_step(
     return step.lower(first, program.abstract_reference, batch, count).compile()
 
 
+def compile_score_step(
+  program: Program, batch: pairs_lib.PackedBatch
+) -> jax.stages.Compiled:
+  """Compiles `program.score_step` for batches of one shape, of one microbatch.
+
+  Args:
+    program: One whose reference's log-probs come with the batch.
+    batch: As of `compile_step`, of any number of microbatches.
+  """
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
+  )
+  batch = _abstract(program, batch)
+  with jax.set_mesh(program.mesh):
+    step = program.score_step.lower(program.abstract_scored, batch)
+    return step.compile()
+
+
 def abstract_batch(
   program: Program, batch: pairs_lib.PackedBatch
 ) -> pairs_lib.PackedBatch:
-  """Shape, dtype and sharding of the arrays of a batch."""
+  """Shape, dtype and sharding of the arrays of a batch as steps take it."""
+  if program.abstract_scored is not None:
+    logps = jax.ShapeDtypeStruct(batch.answer_lengths.shape, jnp.float32)
+    batch = batch._replace(reference_logps=logps)
+  return _abstract(program, batch)
+
+
+def _abstract(program, batch):
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=program.batch_sharding
@@ -238,6 +289,14 @@ def put_batch(
     return jax.make_array_from_callback(shape, program.batch_sharding, part)
 
   return jax.tree.map(put, batch)
+
+
+def _on_host(tree):
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    tree,
+    sharding.on_host(tree),
+  )
 
 
 def _abstract_opt_state(

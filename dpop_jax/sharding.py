@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 MESH_AXES = (DATA, FSDP, TENSOR)
+# JAX's name for memory of the machine that a device is plugged into.
+HOST_MEMORY = "pinned_host"
 # Mesh axes that the rows of a batch are split over.
 ROW_AXES = (DATA, FSDP)
 
@@ -108,6 +110,54 @@ def _slices(devices: Sequence[Any]) -> list[list[Any]]:
   return [slices[index] for index in sorted(slices)]
 
 
+def on_host(tree: Any) -> Any:
+  """Shardings of a tree of arrays whose layers are to be in host memory.
+
+  The rest stays on the devices: embeddings, which are needed as a whole, so
+  that nothing would be won, and what is named `scale` or `bias`, which is small
+  (and the TPU compiler does not slice a layer's vector out of host memory).
+
+  Args:
+    tree: Arrays, abstract or not, with `NamedSharding`s.
+  """
+
+  def place(path, x):
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    if "layers" not in names or names[-1] in ("scale", "bias"):
+      return x.sharding
+    return x.sharding.with_memory_kind(HOST_MEMORY)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def is_on_host(x: jax.Array) -> bool:
+  """Inside of a jitted function: whether an argument is in host memory."""
+  return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def fetched(x: jax.Array) -> jax.Array:
+  """Inside of a jitted function: the array in the device's own memory."""
+  if not is_on_host(x):
+    return x
+  return jax.device_put(x, jax.memory.Space.Device)
+
+
+def put_back(x: jax.Array) -> jax.Array:
+  """Inside of a jitted function: the array in the memory of its hosts."""
+  return jax.device_put(x, jax.memory.Space.Host)
+
+
+def check_host_memory(device: Any, key: str) -> None:
+  """Raises ValueError, naming a key, if a device cannot use host memory."""
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if HOST_MEMORY not in kinds:
+    raise ValueError(
+      f"{key} is set, but the {device.platform} devices of this machine cannot "
+      f"use its memory: they have {', '.join(kinds)} and no {HOST_MEMORY}. "
+      "Leave it at False."
+    )
+
+
 def num_row_shards(mesh: jax.sharding.Mesh) -> int:
   """Number of pieces that the rows of a batch are split into."""
   return math.prod(mesh.shape[axis] for axis in ROW_AXES)
@@ -125,12 +175,22 @@ def active_axes(*names: str) -> tuple[str, ...]:
   return tuple(name for name in names if name in axes)
 
 
-def per_device(function: Callable, *, in_specs, out_specs) -> Callable:
-  """Runs a function on every device's own shards; plainly without our mesh.
+def split_axes(*names: str) -> tuple[str, ...]:
+  """Those of the active axes that have several devices.
 
-  Collectives in the function name their axes with `active_axes`.
+  A collective over one device is no communication, but the CPU's compiler
+  copies its operands all the same, into another layout and back.
   """
-  if active_axes(*MESH_AXES) != MESH_AXES:
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(name for name in active_axes(*names) if mesh.shape[name] > 1)
+
+
+def per_device(function: Callable, *, in_specs, out_specs) -> Callable:
+  """Runs a function on every device's own shards; plainly where it has all.
+
+  Collectives in the function name their axes with `split_axes`.
+  """
+  if active_axes(*MESH_AXES) != MESH_AXES or not split_axes(*MESH_AXES):
     return function
   return jax.shard_map(
     function, in_specs=in_specs, out_specs=out_specs, check_vma=False

@@ -63,6 +63,45 @@ def test_all_ways_to_write_groups(groups, expected):
   assert found.group == expected
 
 
+def test_a_nameless_collective_has_the_name_of_what_it_is_about():
+  text = """
+%scatter (input: f32[8]) -> f32[4] {
+  %input = f32[8] parameter(0)
+  %zero = f32[] constant(0)
+  %padded = f32[16] pad(%input, %zero), padding=0_8
+  %reduced = f32[16] all-reduce(%padded), replica_groups={{0,1}}, to_apply=%add
+  ROOT %part = f32[4] dynamic-slice(%reduced, %zero), dynamic_slice_sizes={4}
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%add.named (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0), metadata={op_name="jit(step)/norm/reduce_sum"}
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+ENTRY %main (p: f32[8]) -> f32[4] {
+  %p = f32[8] parameter(0)
+  %made = f32[8] negate(%p), metadata={op_name="jit(step)/gate/dot_general"}
+  %moved = f32[8] reshape(%made)
+  %sum = f32[8] all-reduce(%moved), replica_groups={{0,1}}, to_apply=%add.named
+  ROOT %fusion = f32[4] fusion(%moved), kind=kCustom, calls=%scatter
+}
+"""
+  found = collectives.read(text, 2, lambda op_name: 1)
+  # A sum's own computation says what it adds; else it is looked further back,
+  # out of the fusion.
+  assert [(c.kind, c.op_name) for c in found] == [
+    ("all-reduce", "jit(step)/norm/reduce_sum"),
+    ("reduce-scatter", "jit(step)/gate/dot_general"),
+  ]
+
+
 def test_collectives_of_a_program_that_was_compiled_here():
   mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=4, tensor=2))
   split = NamedSharding(mesh, P("fsdp", "tensor"))

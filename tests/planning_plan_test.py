@@ -30,10 +30,13 @@ from dpop_jax.planning import (
   step_time,
 )
 
-needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None,
-  reason="needs the TPU compiler: pip install dpop_jax[tpu]",
-)
+
+def needs_libtpu(test):
+  is_missing = importlib.util.find_spec("libtpu") is None
+  reason = "needs the TPU compiler: make test-tpu"
+  return pytest.mark.tpu(pytest.mark.skipif(is_missing, reason=reason)(test))
+
+
 ROOT = pathlib.Path(__file__).parent.parent
 NO_DATA = {"train": "-", "tokenizer": "-"}
 # Large enough to be split as real models are.
@@ -101,7 +104,8 @@ def test_batches_with_data_are_those_of_the_run(tmp_path):
   rows = config.batch.rows_per_microbatch
   expected = the_plan.empty_batch()
   got = shapes.empty_batch(rows)
-  assert [x.shape for x in got] == [x.shape for x in expected]
+  shapes_of = lambda batch: [x.shape for x in jax.tree.leaves(batch)]
+  assert shapes_of(got) == shapes_of(expected)
   steps = [the_plan.step(i).batch for i in range(config.run.num_steps)]
   scores = np.mean([batch.num_scores.sum() for batch in steps])
   assert shapes.work(rows).scores == round(scores)
@@ -138,6 +142,27 @@ def test_arguments_take_what_the_compiler_says():
   unused = math.prod((1, 8 // 4, 1)) * 4
   told = step.memory_analysis().argument_size_in_bytes
   assert memory.arguments - unused == told
+
+
+def test_what_is_on_hosts_is_not_in_hbm():
+  plain = make_config(mesh=(2, 2, 2))
+  offloaded = dataclasses.replace(
+    plain,
+    optimizer=dataclasses.replace(plain.optimizer, host_offload=True),
+    reference=dataclasses.replace(plain.reference, host_offload=True),
+  )
+  mesh = sharding.make_mesh(plain.mesh)
+  shapes = batch_shapes.of_config(plain)
+  before, after = (
+    plan.prepare(config, mesh, shapes)[1] for config in (plain, offloaded)
+  )
+  # Queries, keys, values, outputs with 8 and 4 heads of 32; three of the MLP.
+  weights = 2 * 256 * (2 * 256 + 2 * 128 + 3 * 256)
+  # Two moments of 4 bytes, a reference of 2, over fsdp 2 and tensor 2.
+  assert before.host == 0 and after.host == weights * (8 + 2) // 4
+  assert after.params == before.params
+  assert after.optimizer == before.optimizer - weights * 8 // 4
+  assert after.reference == before.reference - weights * 2 // 4
 
 
 @pytest.mark.parametrize(
@@ -341,6 +366,22 @@ def test_tables_are_best_first(layouts, small_slice, shapes):
   lines = plan_text.table(plans).splitlines()[-3:]
   assert " 1.000 " in lines[0] and " 2.000 " in lines[1]
   assert "does not fit: needs 1.0 GB of 16.9" in lines[2]
+
+
+def test_a_kept_reference_is_scored_before_the_steps_and_not_in_them():
+  config = make_config()
+  kept = dataclasses.replace(config.reference, cache_dir="-")
+  shapes = batch_shapes.of_config(config)
+  mesh = sharding.make_mesh(config.mesh)
+  _, expected = plan.prepare(config, mesh, shapes)
+  config = dataclasses.replace(config, reference=kept)
+  made, memory = plan.prepare(config, mesh, shapes)
+  assert memory.reference == 0 < expected.reference
+  # float32 by pair, side and region, of two rows a device.
+  logps = 2 * shapes.capacity.pairs * 2 * 3 * 4
+  assert memory.batch == expected.batch + logps * shapes.num_microbatches(8)
+  scoring = plan._scoring_bytes(made, shapes.empty_batch(8))
+  assert scoring > memory.params + expected.reference
 
 
 # With the TPU compiler.

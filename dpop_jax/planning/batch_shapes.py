@@ -131,10 +131,8 @@ def measured(config: config_lib.Config) -> BatchShapes:
   with tempfile.TemporaryDirectory() as folder:
     data = inputs.load_data(config, folder)
     num_steps = config.run.steps_for(len(data.train), config.batch.batch_size)
-    # One row a microbatch: as many microbatches as rows.
-    rows = dataclasses.replace(config.batch, rows_per_microbatch=1)
     plan = plan_lib.Plan(
-      data.train, rows, seed=config.run.seed, num_steps=num_steps
+      data.train, config.batch, seed=config.run.seed, num_steps=num_steps
     )
     samples = np.linspace(
       0, num_steps - 1, min(num_steps, _NUM_SAMPLES), dtype=int
@@ -142,20 +140,20 @@ def measured(config: config_lib.Config) -> BatchShapes:
     steps = [plan.step(int(step)) for step in samples]
   num_rows = sum(step.num_rows for step in steps)
   scores = sum(int(step.batch.num_scores.sum()) for step in steps)
-  length = config.batch.row_length
+  length = plan.capacity.tokens
   seen = sum(
     int((step.batch.visible_until - np.arange(length)).sum()) for step in steps
   )
   return BatchShapes(
     capacity=plan.capacity,
-    num_rows=plan.max_microbatches,
+    num_rows=plan.max_rows,
     mean_rows=num_rows / len(steps),
     mean_scores=scores / num_rows,
     mean_visible_pairs=seen / num_rows,
     source=(
       f"data.train: {len(data.train)} pairs, rows of {length} tokens with up "
       f"to {plan.capacity.scores} scored positions and {plan.capacity.pairs} "
-      f"pairs, up to {plan.max_microbatches} rows a step and "
+      f"pairs, up to {plan.max_rows} rows a step and "
       f"{num_rows / len(steps):.1f} on average"
     ),
   )

@@ -10,6 +10,8 @@ import numpy as np
 from dpop_jax.planning import hlo
 
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+# How far back it is looked for what a nameless collective is about.
+_MAX_STEPS_BACK = 16
 KINDS = (
   "all-gather",
   "reduce-scatter",
@@ -80,6 +82,7 @@ def read(
       goes between slices is a `send` to the host, which names its collective.
   """
   module = hlo.parse(text)
+  callers = _callers(module)
   found = []
   for instruction, computation, caller, times in module.executed(trip_counts):
     kind = instruction.opcode.removesuffix("-start")
@@ -106,7 +109,7 @@ def read(
         times=times,
         group=group,
         op_name=instruction.op_name
-        or _op_name_nearby(module, instruction, computation),
+        or _op_name_nearby(module, callers, instruction, computation),
         computation=computation,
         is_sparse=kind == "all-reduce"
         and any("dynamic-update-slice" in n for n in instruction.operands),
@@ -149,24 +152,69 @@ def _is_scattered(instructions: dict[str, hlo.Instruction]) -> bool:
   )
 
 
-def _op_name_nearby(module, instruction, computation) -> str:
-  """Of the fusion that it stands in, what it uses, or who uses it."""
+def _op_name_nearby(module, callers, instruction, computation) -> str:
+  """Of the fusion that it stands in, what it uses, or who uses it.
+
+  Else of the sum that it makes, or of what it is made from, some steps back.
+  """
   instructions = module.computations[computation]
-  callers = [
-    caller
-    for others in module.computations.values()
-    for caller in others.values()
-    if caller.attribute("calls") == computation
+  sources = [
+    _behind_copies(instructions, name) for name in instruction.operands
   ]
-  sources = []
-  for name in instruction.operands:
-    source = instructions[name]
-    while source.opcode in ("get-tuple-element", "bitcast", "copy"):
-      source = instructions[source.operands[0]]
-    sources.append(source)
   users = [i for i in instructions.values() if instruction.name in i.operands]
-  names = (other.op_name for other in (*callers, *sources, *users))
-  return next(filter(None, names), "")
+  around = [caller for _, caller in callers.get(computation, ())]
+  # A sum is a computation of its own, of two numbers.
+  added = module.computations.get(instruction.attribute("to_apply") or "", {})
+  nearby = (*around, *sources, *users, *added.values())
+  names = (other.op_name for other in nearby)
+  found = next((name for name in names if name.startswith("jit(")), "")
+  if found:
+    return found
+  edge = [(computation, instruction.name)]
+  seen = set(edge)
+  for _ in range(_MAX_STEPS_BACK):
+    made_from = []
+    for place, name in edge:
+      for source in _made_from(module, callers, place, name):
+        if source not in seen:
+          seen.add(source)
+          made_from.append(source)
+    edge = made_from
+    for place, name in edge:
+      if found := module.computations[place][name].op_name:
+        return found
+  return ""
+
+
+def _behind_copies(instructions, name) -> hlo.Instruction:
+  source = instructions[name]
+  while source.opcode in ("get-tuple-element", "bitcast", "copy"):
+    source = instructions[source.operands[0]]
+  return source
+
+
+def _made_from(module, callers, computation, name) -> list[tuple[str, str]]:
+  """Where the operands of an instruction stand; a fusion's are its caller's."""
+  instruction = module.computations[computation][name]
+  if instruction.opcode == "parameter":
+    number = int(instruction.text.strip("()").split(")")[0])
+    return [
+      (place, caller.operands[number])
+      for place, caller in callers.get(computation, ())
+      if caller.opcode != "while" and number < len(caller.operands)
+    ]
+  return [(computation, operand) for operand in instruction.operands]
+
+
+def _callers(module) -> dict[str, list[tuple[str, hlo.Instruction]]]:
+  """By the name of a computation, the instructions that call it, and where."""
+  found = {}
+  for place, instructions in module.computations.items():
+    for caller in instructions.values():
+      called = caller.attribute("calls")
+      if called:
+        found.setdefault(called, []).append((place, caller))
+  return found
 
 
 def _group(text: str, num_devices: int) -> tuple[int, ...]:

@@ -67,8 +67,9 @@ def count(
   pairs *= work.visible_pairs
   forward = products * _layer_weights(model) + 2 * pairs + head
   recomputation = head + pairs
-  if model.remat != "none":
+  if model.remat == "full":
     recomputation += 2 * pairs
+  if model.remat != "none":
     recomputation += products * _recomputed_weights(model)
   reference = 0
   if reference_model is not None:

@@ -38,13 +38,15 @@ class Memory:
 
   Attributes:
     params: The policy, in its stored type.
-    optimizer: State of the optimizer, and the step.
-    reference: The reference.
+    optimizer: State of the optimizer, and the step, without what is on hosts.
+    reference: The reference, likewise.
     batch: The batch.
     padding: By which the compiler's layouts make these larger.
     temporaries: All else that lives at the worst moment: gradients, what is
       kept for the backward pass, gathered weights; None if it was not compiled.
     code: The program itself; likewise.
+    host: Not in HBM but in its host's memory: optimizer state and reference
+      that are kept there.
   """
 
   params: int
@@ -54,6 +56,7 @@ class Memory:
   padding: int = 0
   temporaries: int | None = None
   code: int | None = None
+  host: int = 0
 
   @property
   def arguments(self) -> int:
@@ -110,6 +113,8 @@ class Plan:
       fit.
     bound: Least time of an average step; None if it does not fit.
     compile_seconds: Wall-clock time of the compilation.
+    scoring_bytes: Per chip: of what scores the reference before the first step,
+      beside the policy; None where nothing does, or the step does not fit.
   """
 
   fits: bool
@@ -126,6 +131,7 @@ class Plan:
   moved: tuple[Moved, ...] = ()
   bound: step_time.LowerBound | None = None
   compile_seconds: float = 0.0
+  scoring_bytes: int | None = None
 
 
 def make_plan(
@@ -144,7 +150,12 @@ def make_plan(
   made, memory = prepare(config, mesh, shapes)
   rows = config.batch.rows_per_microbatch
   started = time.perf_counter()
-  step, needed = _compile(made, shapes.empty_batch(rows))
+  batch = shapes.empty_batch(rows)
+  step, needed = _compile(
+    lambda: program.compile_step(
+      made.train_step, made, made.abstract_state, batch
+    )
+  )
   seconds = time.perf_counter() - started
   work = shapes.work(rows)
   reference = made.abstract_reference and config_lib.reference_model(config)
@@ -166,6 +177,7 @@ def make_plan(
   if step is None:
     return plan
   memory = _compiled_memory(memory, step)
+  scoring = _scoring_bytes(made, batch)
   microbatches = work.positions // (rows * shapes.capacity.tokens)
   moved = collectives.read(
     step.as_text() or "",
@@ -182,7 +194,8 @@ def make_plan(
   )
   return dataclasses.replace(
     plan,
-    fits=memory.total <= slices.chip.hbm_bytes,
+    fits=max(memory.total, scoring or 0) <= slices.chip.hbm_bytes,
+    scoring_bytes=scoring,
     needed_bytes=memory.total,
     memory=memory,
     moved=_grouped(moved, dict(mesh.shape)),
@@ -225,14 +238,21 @@ def prepare(
     optimizer=bytes_per_device((state.step, state.opt_state)),
     reference=bytes_per_device(made.abstract_reference),
     batch=bytes_per_device(program.abstract_batch(made, batch)),
+    host=bytes_per_device((state, made.abstract_reference), on_host=True),
   )
 
 
-def bytes_per_device(tree: Any) -> int:
-  """Bytes that abstract arrays with shardings have on each device."""
+def bytes_per_device(tree: Any, *, on_host: bool = False) -> int:
+  """Bytes that abstract arrays with shardings have on each device.
+
+  Args:
+    tree: The arrays.
+    on_host: Count those in the memory of the devices' hosts, and no others.
+  """
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
+    if (leaf.sharding.memory_kind == sharding.HOST_MEMORY) == on_host
   )
 
 
@@ -245,12 +265,10 @@ def needed_bytes(message: str) -> int | None:
   return int(float(number) * _UNITS[unit])
 
 
-def _compile(made, batch) -> tuple[jax.stages.Compiled | None, int]:
-  """The step; or None and what it would need."""
+def _compile(compiled) -> tuple[jax.stages.Compiled | None, int]:
+  """The result of a function that compiles; or None and what it would need."""
   try:
-    step = program.compile_step(
-      made.train_step, made, made.abstract_state, batch
-    )
+    step = compiled()
   except jax.errors.JaxRuntimeError as error:
     needed = needed_bytes(str(error))
     if needed is None:
@@ -259,6 +277,17 @@ def _compile(made, batch) -> tuple[jax.stages.Compiled | None, int]:
       ) from error
     return None, needed
   return step, 0
+
+
+def _scoring_bytes(made, batch) -> int | None:
+  if made.abstract_scored is None:
+    return None
+  step, needed = _compile(lambda: program.compile_score_step(made, batch))
+  if step is not None:
+    found: Any = step.memory_analysis()
+    needed = found.argument_size_in_bytes + found.output_size_in_bytes
+    needed += found.temp_size_in_bytes + found.generated_code_size_in_bytes
+  return needed + bytes_per_device(made.abstract_state.params)
 
 
 def _compiled_memory(memory: Memory, step: jax.stages.Compiled) -> Memory:

@@ -35,6 +35,8 @@ def to_dict(plan: plan_lib.Plan) -> dict[str, Any]:
       "needed": plan.needed_bytes,
       "capacity": plan.slices.chip.hbm_bytes,
     },
+    "host_bytes_per_chip": memory.host,
+    "scoring_bytes_per_chip": plan.scoring_bytes,
     "flops_per_step": {
       "forward": plan.flops.forward,
       "backward": plan.flops.backward,
@@ -81,6 +83,7 @@ def describe(plan: plan_lib.Plan) -> str:
     _verdict(plan, capacity),
     "",
     *_memory(plan.memory, capacity),
+    *_scoring(plan, capacity),
     "",
     *_flops(plan),
   ]
@@ -156,7 +159,21 @@ def _memory(memory, capacity) -> list[str]:
     else:
       share = value / capacity
       lines.append(f"  {name:<20} {value / 1e9:>8.3f} {share:>6.1%}")
+  if memory.host:
+    lines.append(
+      f"  on its host, not here {memory.host / 1e9:>7.3f}  fetched in a step"
+    )
   return lines
+
+
+def _scoring(plan, capacity) -> list[str]:
+  if plan.scoring_bytes is None:
+    return []
+  value = plan.scoring_bytes
+  return [
+    f"  before the first step{value / 1e9:>8.3f} {value / capacity:>6.1%}  "
+    "to score the reference"
+  ]
 
 
 def _flops(plan) -> list[str]:

@@ -40,18 +40,23 @@ class _Purpose(NamedTuple):
 
 _ROWS = sharding.ROW_AXES
 _SMALL = 1e6
+# What weights of a layer go through, and where they come from: the stack.
+_WEIGHTS = (
+  r"(/layers/.*(dot_general|all_gather|convert_element_type)"
+  r"|/while/body/jit\(dynamic_index_in_dim\)/dynamic_slice)"
+)
 _PURPOSES = (
   _Purpose(
     "weights of a layer are gathered for its products",
     _ANY,
     (sharding.FSDP,),
-    r"^(?!.*transpose\().*/layers/.*(dot_general|all_gather)",
+    rf"^(?!.*transpose\().*{_WEIGHTS}",
   ),
   _Purpose(
     "weights of a layer are gathered again on the way back",
     ("all-gather",),
     (sharding.FSDP,),
-    r"transpose\(.*/layers/.*(dot_general|all_gather)",
+    rf"transpose\(.*{_WEIGHTS}",
   ),
   _Purpose(
     "gradients of a layer's weights are summed over rows and scattered, and "
@@ -71,25 +76,26 @@ _PURPOSES = (
     "the embedding is gathered for the look-up",
     _ANY,
     (sharding.FSDP,),
-    r"jvp\(Decoder\)/shard_map/(all_gather|jit\(_take\))",
+    r"jvp\((Decoder\)/(convert_element_type|shard_map/(all_gather|jit\(_take))"
+    r"|\)/shard_map/gather)",
   ),
   _Purpose(
     "looked-up embeddings are summed over parts of the vocabulary",
     _REDUCE,
     (sharding.TENSOR,),
-    r"jvp\(Decoder\)\)?/shard_map/psum",
+    r"jvp\(Decoder\)\)?/shard_map/(psum|jit\(_where\))",
   ),
   _Purpose(
     "the output embedding is gathered for the scores",
     _ANY,
     (sharding.FSDP,),
-    r"jvp\(\)/shard_map/all_gather",
+    r"jvp\(\)\)?/shard_map/(all_gather|convert_element_type)",
   ),
   _Purpose(
     "log-normalizers and targets are summed over parts of the vocabulary",
     ("all-reduce",),
     (sharding.TENSOR,),
-    r"jvp\(\)/shard_map/while/body/(pmax|psum)",
+    r"jvp\(\)/shard_map/(while/body/)*(pmax|psum)",
   ),
   _Purpose(
     "gradients of hidden states are summed over parts of the vocabulary",
@@ -102,7 +108,7 @@ _PURPOSES = (
     _ANY,
     _ROWS,
     r"transpose\(jvp\((Decoder)?\)\)/shard_map/(reduce_scatter|psum|jit\(_take\)|"
-    r"while|mul|convert|add)",
+    r"scatter-add|while|mul|convert|add)",
   ),
   _Purpose(
     "gradients of norms and biases are summed over rows",
