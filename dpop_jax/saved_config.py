@@ -1,5 +1,6 @@
 """The config and the data of a run, beside its checkpoints: what made them."""
 
+import contextlib
 import json
 from typing import Any
 
@@ -102,6 +103,9 @@ def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
     old = _read(path)
   except ValueError as error:
     raise ValueError(f"{path} cannot be used: {error}") from error
+  # Keys that the version which wrote it did not have are at their defaults.
+  with contextlib.suppress(ValueError):
+    old = config_lib.to_dict(config_lib.from_dict(old))
   differences = config_values.differences(old, config_lib.to_dict(config))
   other = [d for d in differences if not d.startswith(_FREE_TO_CHANGE)]
   if other:

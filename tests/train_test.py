@@ -312,6 +312,18 @@ def test_keys_that_are_free_to_change_may_change(run_copy, make_config, capsys):
   assert saved_config.load(run_copy) == config
 
 
+def test_keys_that_an_earlier_version_did_not_have_are_no_difference(
+  run_copy, make_config
+):
+  path = pathlib.Path(run_copy) / "config.json"
+  values = json.loads(path.read_text())
+  del values["data"]["weights"], values["reference"]
+  path.write_text(json.dumps(values))
+  assert saved_config.check_same_run(make_config(), run_copy) == []
+  with pytest.raises(ValueError, match=r"undo: optimizer.b1: None -> 0.8\.$"):
+    saved_config.check_same_run(make_config(optimizer__b1=0.8), run_copy)
+
+
 def test_without_a_checkpoint_there_is_nothing_to_protect(
   run_copy, make_config
 ):
