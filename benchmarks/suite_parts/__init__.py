@@ -1,0 +1,1 @@
+"""What `benchmarks/suite.py` is made of."""

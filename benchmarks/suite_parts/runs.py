@@ -1,0 +1,174 @@
+"""One library on one kind of work, in a process of its own."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+from typing import Any
+
+from . import work as work_lib
+
+BETA = 0.1
+LEARNING_RATE = 1e-5
+_PEERS = pathlib.Path(__file__).parent.parent / "peers"
+_LIMIT_SECONDS = 3600
+# PyTorch's tuning guide recommends an allocator that keeps what is freed. This
+# makes glibc's one of that kind; else the kernel clears the pages of every
+# large tensor again, which takes longer than computing it.
+_KEEPING_MEMORY = {
+  "MALLOC_MMAP_MAX_": "0",
+  "MALLOC_TRIM_THRESHOLD_": str(2**36),
+  "MALLOC_TOP_PAD_": str(2**28),
+}
+_TAIL_LINES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+  """What a process is told: `peers/meter.py` reads it from a file.
+
+  Attributes:
+    pairs_file: From `work.make`.
+    model: Sizes, in `transformers`' names.
+    pairs: Of an update.
+    updates: That are measured; one more comes before them.
+    microbatch_pairs: Pairs computed at once, if the library counts in pairs.
+    row_length: Tokens of our rows.
+    is_grouped: The pairs of a prompt come together.
+    is_reference_cached: Score the reference before training, not in the step.
+    threads: Processors there are.
+    beta: Of the loss.
+    learning_rate: Of AdamW.
+    tokenizer: Ours asks for one, though everything comes as ids.
+    folder: For what a library writes.
+    report_file: For the report.
+    started: When the process was started, in seconds since 1970.
+  """
+
+  pairs_file: str
+  model: dict[str, int]
+  pairs: int
+  updates: int
+  microbatch_pairs: int
+  row_length: int
+  is_grouped: bool
+  is_reference_cached: bool
+  threads: int
+  beta: float
+  learning_rate: float
+  tokenizer: str
+  folder: str
+  report_file: str
+  started: float
+
+
+def run(
+  name: str,
+  *,
+  library: str,
+  python: str,
+  pairs_file: pathlib.Path,
+  tokenizer: str,
+  is_reference_cached: bool,
+  folder: pathlib.Path,
+  num_cores: int,
+) -> dict[str, Any]:
+  """Trains, and returns the report of `meter.Meter.write`.
+
+  Args:
+    name: A key of `work.WORK`.
+    library: "ours", "trl", "tunix" or "easydel".
+    python: Of its environment.
+    pairs_file: The token pairs.
+    tokenizer: For ours.
+    is_reference_cached: See `Order`.
+    folder: Of the order, the log and the report.
+    num_cores: Processors the process may use, with a thread each.
+
+  Returns:
+    The report, or {"error": what it said} if the process failed. A report of
+    the same order that is there already is not made again.
+  """
+  work = work_lib.WORK[name]
+  report_file = folder / "report.json"
+  order = Order(
+    pairs_file=str(pairs_file),
+    model=dataclasses.asdict(work.model),
+    pairs=work.pairs,
+    updates=work.updates,
+    microbatch_pairs=work.microbatch_pairs,
+    row_length=work.row_length,
+    is_grouped=work.is_grouped,
+    is_reference_cached=is_reference_cached,
+    threads=num_cores,
+    beta=BETA,
+    learning_rate=LEARNING_RATE,
+    tokenizer=tokenizer,
+    folder=str(folder / "scratch"),
+    report_file=str(report_file),
+    started=time.time(),
+  )
+  kept = _kept(folder, order)
+  if kept is not None:
+    return kept
+  shutil.rmtree(folder, ignore_errors=True)
+  (folder / "scratch").mkdir(parents=True)
+  order_file = folder / "order.json"
+  order_file.write_text(json.dumps(dataclasses.asdict(order), indent=2))
+  command = [python, str(_PEERS / f"train_{library}.py"), str(order_file)]
+  cores = sorted(os.sched_getaffinity(0))[-num_cores:]
+  log_file = folder / "log.txt"
+  with log_file.open("w") as log:
+    try:
+      status = subprocess.run(
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=_environment(library),
+        cwd=folder,
+        timeout=_LIMIT_SECONDS,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+      ).returncode
+    except subprocess.TimeoutExpired:
+      status = f"after {_LIMIT_SECONDS} seconds"
+  shutil.rmtree(folder / "scratch")
+  if status == 0 and report_file.exists():
+    return json.loads(report_file.read_text())
+  tail = log_file.read_text(errors="replace").strip().splitlines()
+  return {"error": f"ended with {status}: {' '.join(tail[-_TAIL_LINES:])}"}
+
+
+def _kept(folder, order):
+  """The report of an earlier start, if it was told the same."""
+  try:
+    earlier = json.loads((folder / "order.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
+  except FileNotFoundError:
+    return None
+  wanted = dataclasses.asdict(order)
+  # Where it all lies, and when, makes no difference.
+  same = wanted.keys() - {
+    *("pairs_file", "tokenizer", "folder", "report_file", "started")
+  }
+  is_same = all(earlier.get(key) == wanted[key] for key in same)
+  return report if is_same else None
+
+
+def _environment(library):
+  """Ours is found without being installed; nobody asks a network."""
+  environment = dict(os.environ)
+  environment |= {
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "TOKENIZERS_PARALLELISM": "false",
+  }
+  environment.pop("PYTHONPATH", None)
+  if library == "trl":
+    environment |= _KEEPING_MEMORY
+  if library == "ours":
+    environment["PYTHONPATH"] = str(_PEERS.parent.parent)
+  return environment
