@@ -87,10 +87,10 @@ class Reads:
       self.num_built += 1
       return build(*arguments)
 
-    def note_layout(the_plan, step):
+    def note_layout(the_plan, step, **options):
       if the_plan._is_shuffled:
         self.laid_out.append(step)
-      return lay_out(the_plan, step)
+      return lay_out(the_plan, step, **options)
 
     def note_step(the_plan, step, rows):
       self._step.number = step if the_plan._is_shuffled else None

@@ -1,5 +1,6 @@
 """One library on one kind of work, in a process of its own."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,9 +16,8 @@ BETA = 0.1
 LEARNING_RATE = 1e-5
 _PEERS = pathlib.Path(__file__).parent.parent / "peers"
 _LIMIT_SECONDS = 3600
-# PyTorch's tuning guide recommends an allocator that keeps what is freed. This
-# makes glibc's one of that kind; else the kernel clears the pages of every
-# large tensor again, which takes longer than computing it.
+# Makes glibc's allocator keep what is freed; else the kernel clears the pages
+# of every large tensor again, which takes longer than computing it.
 _KEEPING_MEMORY = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(2**36),
@@ -119,9 +119,8 @@ def run(
   order_file = folder / "order.json"
   order_file.write_text(json.dumps(dataclasses.asdict(order), indent=2))
   command = [python, str(_PEERS / f"train_{library}.py"), str(order_file)]
-  cores = sorted(os.sched_getaffinity(0))[-num_cores:]
   log_file = folder / "log.txt"
-  with log_file.open("w") as log:
+  with log_file.open("w") as log, _on_cores(num_cores):
     try:
       status = subprocess.run(
         command,
@@ -130,7 +129,6 @@ def run(
         env=_environment(library),
         cwd=folder,
         timeout=_LIMIT_SECONDS,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
       ).returncode
     except subprocess.TimeoutExpired:
       status = f"after {_LIMIT_SECONDS} seconds"
@@ -139,6 +137,17 @@ def run(
     return json.loads(report_file.read_text())
   tail = log_file.read_text(errors="replace").strip().splitlines()
   return {"error": f"ended with {status}: {' '.join(tail[-_TAIL_LINES:])}"}
+
+
+@contextlib.contextmanager
+def _on_cores(num_cores):
+  """Processes that are started here have so many processors."""
+  before = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, sorted(before)[-num_cores:])
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, before)
 
 
 def _kept(folder, order):
