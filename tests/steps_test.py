@@ -521,6 +521,8 @@ def test_the_first_loss_of_dpo_is_ln_2_for_long_answers(dtype, remat):
 
 def test_real_pairs_on_forests_equal_single_sequences(shared_data, tmp_path):
   rows = jsonl.read(str(shared_data / "gsm8k" / "train.jsonl"))[:40]
+  # With another seed the sigmoid may not be saturated, and then 15 (beta times
+  # lambda) times float32's rounding of sums of 700 nats is above the tolerance.
   built = maths.build_pairs(rows, num_shots=1, seed=1, unusable="skip")
   # The shortest few, and two of one prompt.
   built = sorted(built.pairs, key=lambda pair: len(pair["prompt"]))[:4]
