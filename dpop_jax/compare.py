@@ -32,18 +32,7 @@ from dpop_jax.models import decoder
 _FINISHED, _EXACT_MATCH = "finished.json", "exact_match.json"
 # What may differ from the config of a run that is there already. Of the data,
 # it is the tokens that are compared.
-_FREE_TO_CHANGE = (
-  "mesh.",
-  "checkpoints.",
-  "data.",
-  "model.remat",
-  "batch.rows_per_microbatch",
-  "optimizer.host_offload",
-  "reference.host_offload",
-  "reference.cache_dir",
-  "run.log_every_steps",
-  "run.compilation_cache_dir",
-)
+_FREE_TO_CHANGE = (*saved_config.HOW_TO_RUN, "data.")
 # Largest difference of the first log-probs, relative to them or to 1: rounding
 # where the rows are packed otherwise.
 _START_TOLERANCE = 1e-2

@@ -17,22 +17,26 @@ from dpop_jax.data import dataset
 FILE_NAME = "config.json"
 # Hashes of the token pairs.
 DATA_FILE_NAME = "data.json"
-# What may change between two starts of a run without making it another run.
-_FREE_TO_CHANGE = (
+# How a run is carried out, and where; it is the same run however.
+HOW_TO_RUN = (
   "mesh.",
   "checkpoints.",
   "model.remat",
-  "data.cache_dir",
   # Only how the pairs of an update are split over devices and time.
   "batch.rows_per_microbatch",
   "optimizer.host_offload",
   "reference.host_offload",
   "reference.cache_dir",
+  "run.log_every_steps",
+  "run.compilation_cache_dir",
+)
+# What may change between two starts of a run without making it another run.
+_FREE_TO_CHANGE = (
+  *HOW_TO_RUN,
+  "data.cache_dir",
   "run.num_steps",
   "run.num_epochs",
-  "run.log_every_steps",
   "run.eval_every_steps",
-  "run.compilation_cache_dir",
 )
 
 
