@@ -9,7 +9,6 @@ import subprocess
 import sys
 from unittest import mock
 
-import jax
 import pytest
 import tiny_runs
 
@@ -20,7 +19,6 @@ from dpop_jax import (
   questions,
   report,
   saved_config,
-  sharding,
   sweeps,
   train,
 )
@@ -28,24 +26,7 @@ from dpop_jax import (
 NAMES = ("dpo_beta0.3", "dpop_beta0.3_dpop_lambda50")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device_and_shared_compilations(tmp_path_factory):
-  """As in a shell, and no program is compiled twice."""
-  options = {
-    "jax_enable_compilation_cache": True,
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  old = {name: getattr(jax.config, name) for name in options}
-  make_mesh = sharding.make_mesh
-  one_device = lambda config: make_mesh(config, jax.devices()[:1])
-  with mock.patch.object(sharding, "make_mesh", one_device):
-    for name, value in options.items():
-      jax.config.update(name, value)
-    yield
-    for name, value in old.items():
-      jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("one_device_and_shared_compilations")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+from unittest import mock
 
 import gcs_emulator
 import hypothesis
@@ -52,6 +53,31 @@ def shared_data() -> pathlib.Path:
   if not path.is_dir():
     raise ValueError(f"DPOP_SHARED_DATA should be a folder, got {folder!r}.")
   return path
+
+
+@pytest.fixture(scope="module")
+def one_device_and_shared_compilations(tmp_path_factory):
+  """Runs of one program compile it once, and each on one device as in a shell.
+
+  The cache is as old as the tests of a file. Yields JAX's options.
+  """
+  from dpop_jax import sharding
+
+  options = {
+    "jax_enable_compilation_cache": True,
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+  }
+  old = {name: getattr(jax.config, name) for name in options}
+  make_mesh = sharding.make_mesh
+  one_device = lambda config: make_mesh(config, jax.devices()[:1])
+  with mock.patch.object(sharding, "make_mesh", one_device):
+    for name, value in options.items():
+      jax.config.update(name, value)
+    yield options
+    for name, value in old.items():
+      jax.config.update(name, value)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

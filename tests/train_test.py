@@ -37,27 +37,7 @@ from dpop_jax.models import decoder
 TESTS_DIR = pathlib.Path(__file__).parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device_and_shared_compilations(tmp_path_factory):
-  """Runs of one program compile it once, and each on one device as in a shell.
-
-  The cache is as old as these tests.
-  """
-  options = {
-    "jax_enable_compilation_cache": True,
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  old = {name: getattr(jax.config, name) for name in options}
-  make_mesh = sharding.make_mesh
-  one_device = lambda config: make_mesh(config, jax.devices()[:1])
-  with mock.patch.object(sharding, "make_mesh", one_device):
-    for name, value in options.items():
-      jax.config.update(name, value)
-    yield options
-    for name, value in old.items():
-      jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("one_device_and_shared_compilations")
 
 
 @pytest.fixture(scope="module")
