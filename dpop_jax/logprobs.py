@@ -3,6 +3,10 @@
 Only hidden states that predict a token of an answer meet the vocabulary, a
 chunk of them and a tile of the vocabulary at a time; the backward pass computes
 the logits again.
+
+Tokens of the vocabulary go down and positions across, [tile, chunk]. So every
+product has its operands as they lie in memory, weights and their gradient
+included, which on a CPU takes half the time of one with an operand to turn.
 """
 
 import functools
@@ -16,19 +20,21 @@ from jaxtyping import Array, Float, Int
 from dpop_jax import pairs as pairs_lib
 from dpop_jax import sharding
 
-CHUNK_SIZE = 256
-TILE_SIZE = 2048
-# Of the size of a chunk: products of odd sizes are slow.
-_MULTIPLE = 16
+# As many positions as a hidden state is wide, within these bounds: for each of
+# them the gradient of a tile of weights is read and written once.
+CHUNK_SIZES = (256, 1024)
+TILE_SIZE = 1024
+# Of the sizes of chunks and tiles: products of odd sizes are slow.
+_MULTIPLE = 8
 # Below all logits, and far from where a difference overflows.
 _LEAST = -1e30
 
 
 class _Sizes(NamedTuple):
-  """Of the logits that are in memory at a time: [chunk, tile]."""
+  """Of the logits that are in memory at a time: [tile, chunk]."""
 
-  chunk: int
   tile: int
+  chunk: int
 
 
 def token_logps(
@@ -39,7 +45,7 @@ def token_logps(
   num_scores: Int[Array, " rows"],
   *,
   softcap: float | None = None,
-  chunk_size: int = CHUNK_SIZE,
+  chunk_size: int | None = None,
   tile_size: int = TILE_SIZE,
 ) -> Float[Array, "rows scores"]:
   """Log-probability of each target, in nats, from the hidden state before it.
@@ -55,11 +61,15 @@ def token_logps(
     targets: Token that is predicted.
     num_scores: How many entries of the row count; the others give 0.
     softcap: Logits l become softcap * tanh(l / softcap), if given.
-    chunk_size: Positions whose logits are in memory at a time.
-    tile_size: Entries of the vocabulary for which they are.
+    chunk_size: Positions whose logits are in memory at a time, at most; by
+      default by the width of the hidden states.
+    tile_size: Entries of the vocabulary for which they are, at most.
   """
   inputs = (hidden, unembedding, positions, targets, num_scores)
-  sizes = _Sizes(chunk_size, tile_size)
+  if chunk_size is None:
+    least, most = CHUNK_SIZES
+    chunk_size = min(max(least, hidden.shape[-1]), most)
+  sizes = _Sizes(tile_size, chunk_size)
   return _token_logps(*map(jnp.asarray, inputs), softcap, sizes)
 
 
@@ -135,15 +145,15 @@ class _Head:
     rows, scores = positions.shape
     self.softcap = softcap
     most = rows * scores
-    self.size = _even(most, sizes.chunk)
+    self.chunk_size = _even(most, sizes.chunk)
     is_scored = jnp.arange(scores)[None, :] < counts[:, None]
     # Padding points behind the end: reads are clamped, writes are dropped.
-    padded = -(-most // self.size) * self.size
+    padded = -(-most // self.chunk_size) * self.chunk_size
     (self.order,) = jnp.nonzero(
       is_scored.reshape(-1), size=padded, fill_value=most
     )
     self.is_padding = self.order >= most
-    self.num_chunks = -(-counts.sum() // self.size)
+    self.num_chunks = -(-counts.sum() // self.chunk_size)
     row_starts = jnp.arange(rows)[:, None] * hidden.shape[1]
     self.sources = (row_starts + positions).reshape(-1)[self.order]
     self.targets = targets.reshape(-1)[self.order]
@@ -155,42 +165,51 @@ class _Head:
       )
     self.unembedding = unembedding
     vocab = unembedding.shape[0]
-    self.tile = min(sizes.tile, vocab)
-    self.num_tiles = -(-vocab // self.tile)
+    self.tile_size = min(_even(vocab, sizes.tile), vocab)
+    self.num_tiles = -(-vocab // self.tile_size)
+    self.has_overlap = self.num_tiles * self.tile_size > vocab
     self.first_token = vocab * _tensor_index()
 
   def tile_start(self, tile):
-    return jnp.minimum(tile * self.tile, self.unembedding.shape[0] - self.tile)
+    start = tile * self.tile_size
+    return jnp.minimum(start, self.unembedding.shape[0] - self.tile_size)
 
   def weights(self, tile):
     """Rows of the output embedding [tile, hidden], as they are multiplied."""
     weights = jax.lax.dynamic_slice_in_dim(
-      self.unembedding, self.tile_start(tile), self.tile
+      self.unembedding, self.tile_start(tile), self.tile_size
     )
     return weights.astype(self.states.dtype)
 
   def tokens(self, tile):
-    """Token of each column of a tile, [1, tile], and whether it counts here."""
-    columns = (self.tile_start(tile) + jnp.arange(self.tile))[None]
-    return self.first_token + columns, columns >= tile * self.tile
+    """Token of each row of a tile, [tile, 1]."""
+    rows = self.tile_start(tile) + jnp.arange(self.tile_size)
+    return self.first_token + rows[:, None]
+
+  def of_tile(self, tile, values, otherwise):
+    """Values [tile, ...], but `otherwise` for tokens of the tile before."""
+    if not self.has_overlap:
+      return values
+    rows = self.tile_start(tile) + jnp.arange(self.tile_size)
+    return jnp.where((rows >= tile * self.tile_size)[:, None], values, otherwise)
 
   def chunk(self, chunk, *arrays):
-    """A chunk's part of arrays [padded scores, ...]."""
+    """A chunk's part of arrays [..., padded scores]."""
     return tuple(
-      jax.lax.dynamic_slice_in_dim(array, chunk * self.size, self.size)
+      jax.lax.dynamic_slice_in_dim(
+        array, chunk * self.chunk_size, self.chunk_size, axis=-1
+      )
       for array in arrays
     )
 
   def put(self, array, chunk, update):
     return jax.lax.dynamic_update_slice_in_dim(
-      array, update, chunk * self.size, axis=0
+      array, update, chunk * self.chunk_size, axis=-1
     )
 
-  def logits(self, states, weights):
-    """Of some positions and tokens, in float32."""
-    logits = jnp.einsum(
-      "sd,vd->sv", states, weights, preferred_element_type=jnp.float32
-    )
+  def logits(self, weights, states):
+    """Of some tokens and positions, in float32."""
+    logits = _product("vd,ds->vs", weights, states)
     if self.softcap is None:
       return logits
     return self.softcap * jnp.tanh(logits / self.softcap)
@@ -215,8 +234,11 @@ class _Head:
     return logit_gradient * (1.0 - jnp.square(logits / self.softcap))
 
 
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
 def _even(most: int, size: int) -> int:
-  """Size of chunks of `most`, all alike and small, none above `size`."""
+  """Size of parts of `most`, all alike and small, none above `size`."""
   even = -(-most // -(-most // size))
   return min(size, -(-even // _MULTIPLE) * _MULTIPLE)
 
@@ -231,16 +253,16 @@ def _forward_chunks(
 ):
   head = _Head(hidden, unembedding, positions, targets, counts, softcap, sizes)
   tensor = sharding.split_axes(sharding.TENSOR)
+  columns = head.states.T
 
   def add_tile(tile, carry):
     weights = head.weights(tile)
-    _, is_new = head.tokens(tile)
 
     def add_chunk(chunk, carry):
-      states, maxima, totals = head.chunk(chunk, head.states, *carry)
-      logits = jnp.where(is_new, head.logits(states, weights), _LEAST)
-      largest = jnp.maximum(maxima, logits.max(axis=-1))
-      total = jnp.exp(logits - largest[:, None]).sum(axis=-1)
+      states, maxima, totals = head.chunk(chunk, columns, *carry)
+      logits = head.of_tile(tile, head.logits(weights, states), _LEAST)
+      largest = jnp.maximum(maxima, logits.max(axis=0))
+      total = jnp.exp(logits - largest[None]).sum(axis=0)
       total = total + totals * jnp.exp(maxima - largest)
       return (
         head.put(carry[0], chunk, largest),
@@ -290,42 +312,43 @@ def _backward_chunks(
   gradients = jnp.where(
     head.is_padding, 0.0, logp_gradients.reshape(-1)[head.order]
   )
-  contract = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  columns = head.states.T
 
   def add_tile(tile, carry):
     state_gradients, unembedding_gradient = carry
-    weights = head.weights(tile)
-    tokens, is_new = head.tokens(tile)
+    weights, tokens = head.weights(tile), head.tokens(tile)
+    # Turned once for all chunks; the barrier keeps it out of the product.
+    turned = jax.lax.optimization_barrier(weights.T)
 
     def add_chunk(chunk, carry):
       states, targets, normalizer, gradient, state_gradient = head.chunk(
-        chunk, head.states, head.targets, normalizers, gradients, carry[0]
+        chunk, columns, head.targets, normalizers, gradients, carry[0]
       )
-      logits = head.logits(states, weights)
-      probabilities = jnp.exp(logits - normalizer[:, None])
-      is_target = (targets[:, None] == tokens).astype(jnp.float32)
-      logit_gradient = gradient[:, None] * (is_target - probabilities)
-      logit_gradient = jnp.where(is_new, logit_gradient, 0.0)
+      logits = head.logits(weights, states)
+      probabilities = jnp.exp(logits - normalizer[None])
+      is_target = (tokens == targets[None]).astype(jnp.float32)
+      logit_gradient = gradient[None] * (is_target - probabilities)
+      logit_gradient = head.of_tile(tile, logit_gradient, 0.0)
       product_gradient = head.product_gradient(logit_gradient, logits)
       product_gradient = product_gradient.astype(hidden.dtype)
-      update = contract("sv,vd->sd", product_gradient, weights)
+      update = _product("dv,vs->ds", turned, product_gradient)
       return (
         head.put(carry[0], chunk, state_gradient + update),
-        # This way round the smaller operand is the one that is transposed.
-        carry[1] + contract("sv,sd->dv", product_gradient, states),
+        carry[1] + _product("vs,sd->vd", product_gradient, states.T),
       )
 
-    width = head.states.shape[-1]
     state_gradients, new = jax.lax.fori_loop(
       0,
       head.num_chunks,
       add_chunk,
-      (state_gradients, jnp.zeros((width, head.tile), jnp.float32)),
+      (state_gradients, jnp.zeros(weights.shape, jnp.float32)),
     )
     start = head.tile_start(tile)
-    old = jax.lax.dynamic_slice_in_dim(unembedding_gradient, start, head.tile)
+    old = jax.lax.dynamic_slice_in_dim(
+      unembedding_gradient, start, head.tile_size
+    )
     return state_gradients, jax.lax.dynamic_update_slice_in_dim(
-      unembedding_gradient, old + new.T, start, axis=0
+      unembedding_gradient, head.of_tile(tile, new, old), start, axis=0
     )
 
   state_gradients, unembedding_gradient = jax.lax.fori_loop(
@@ -333,12 +356,12 @@ def _backward_chunks(
     head.num_tiles,
     add_tile,
     (
-      jnp.zeros(head.states.shape, jnp.float32),
+      jnp.zeros(columns.shape, jnp.float32),
       jnp.zeros(head.unembedding.shape, jnp.float32),
     ),
   )
   state_gradients = jax.lax.psum(
-    state_gradients, sharding.split_axes(sharding.TENSOR)
+    state_gradients.T, sharding.split_axes(sharding.TENSOR)
   )
   unembedding_gradient = jax.lax.psum(
     unembedding_gradient, sharding.split_axes(sharding.DATA)
