@@ -2,7 +2,7 @@
 
 Only hidden states that predict a token of an answer meet the vocabulary, a
 chunk of them and a tile of the vocabulary at a time; the backward pass computes
-the logits again.
+the logits again, unless they are few.
 
 Tokens of the vocabulary go down and positions across, [tile, chunk]. So every
 product has its operands as they lie in memory, weights and their gradient
@@ -24,6 +24,9 @@ from dpop_jax import sharding
 # them the gradient of a tile of weights is read and written once.
 CHUNK_SIZES = (256, 1024)
 TILE_SIZE = 1024
+# Logits of a device that are kept for the backward pass if they take no more:
+# what is small anyhow, such as an update on a CPU, is computed once.
+KEPT_BYTES = 2**27
 # Of the sizes of chunks and tiles: products of odd sizes are slow.
 _MULTIPLE = 8
 # Below all logits, and far from where a difference overflows.
@@ -31,10 +34,11 @@ _LEAST = -1e30
 
 
 class _Sizes(NamedTuple):
-  """Of the logits that are in memory at a time: [tile, chunk]."""
+  """Of the logits that are in memory at a time, [tile, chunk], and kept."""
 
   tile: int
   chunk: int
+  kept_bytes: int
 
 
 def token_logps(
@@ -47,6 +51,7 @@ def token_logps(
   softcap: float | None = None,
   chunk_size: int | None = None,
   tile_size: int = TILE_SIZE,
+  kept_bytes: int = KEPT_BYTES,
 ) -> Float[Array, "rows scores"]:
   """Log-probability of each target, in nats, from the hidden state before it.
 
@@ -64,12 +69,14 @@ def token_logps(
     chunk_size: Positions whose logits are in memory at a time, at most; by
       default by the width of the hidden states.
     tile_size: Entries of the vocabulary for which they are, at most.
+    kept_bytes: All logits of a device are kept for the backward pass if they
+      take no more than that.
   """
   inputs = (hidden, unembedding, positions, targets, num_scores)
   if chunk_size is None:
     least, most = CHUNK_SIZES
     chunk_size = min(max(least, hidden.shape[-1]), most)
-  sizes = _Sizes(tile_size, chunk_size)
+  sizes = _Sizes(tile_size, chunk_size, kept_bytes)
   return _token_logps(*map(jnp.asarray, inputs), softcap, sizes)
 
 
@@ -98,31 +105,40 @@ def answer_logps(
 _HIDDEN = P(sharding.ROW_AXES)
 _UNEMBEDDING = P(sharding.TENSOR, sharding.FSDP)
 _ROWS = P(sharding.ROW_AXES)
+_INPUTS = (_HIDDEN, _UNEMBEDDING, _ROWS, _ROWS, _ROWS)
+# Logits [tiles, tile, scores] of all devices.
+_LOGITS = P(sharding.TENSOR, None, sharding.ROW_AXES)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _token_logps(
   hidden, unembedding, positions, targets, counts, softcap, sizes
 ):
-  inputs = (hidden, unembedding, positions, targets, counts)
-  return _forward(*inputs, softcap, sizes)[0]
+  run = sharding.per_device(
+    functools.partial(
+      _forward_chunks, softcap=softcap, sizes=sizes._replace(kept_bytes=0)
+    ),
+    in_specs=_INPUTS,
+    out_specs=(_ROWS, _ROWS, _LOGITS),
+  )
+  return run(hidden, unembedding, positions, targets, counts)[0]
 
 
 def _forward(hidden, unembedding, positions, targets, counts, softcap, sizes):
   run = sharding.per_device(
     functools.partial(_forward_chunks, softcap=softcap, sizes=sizes),
-    in_specs=(_HIDDEN, _UNEMBEDDING, _ROWS, _ROWS, _ROWS),
-    out_specs=(_ROWS, _ROWS),
+    in_specs=_INPUTS,
+    out_specs=(_ROWS, _ROWS, _LOGITS),
   )
   inputs = (hidden, unembedding, positions, targets, counts)
-  logps, log_normalizers = run(*inputs)
-  return logps, (*inputs, log_normalizers)
+  logps, *results = run(*inputs)
+  return logps, (*inputs, *results)
 
 
 def _backward(softcap, sizes, residuals, logp_gradients):
   run = sharding.per_device(
     functools.partial(_backward_chunks, softcap=softcap, sizes=sizes),
-    in_specs=(_HIDDEN, _UNEMBEDDING, _ROWS, _ROWS, _ROWS, _ROWS, _ROWS),
+    in_specs=(*_INPUTS, _ROWS, _LOGITS, _ROWS),
     out_specs=(_HIDDEN, _UNEMBEDDING),
   )
   return (*run(*residuals, logp_gradients), None, None, None)
@@ -168,6 +184,8 @@ class _Head:
     self.tile_size = min(_even(vocab, sizes.tile), vocab)
     self.num_tiles = -(-vocab // self.tile_size)
     self.has_overlap = self.num_tiles * self.tile_size > vocab
+    all_logits = self.num_tiles * self.tile_size * padded
+    self.keeps_logits = all_logits * 4 <= sizes.kept_bytes
     self.first_token = vocab * _tensor_index()
 
   def tile_start(self, tile):
@@ -206,6 +224,23 @@ class _Head:
     return jax.lax.dynamic_update_slice_in_dim(
       array, update, chunk * self.chunk_size, axis=-1
     )
+
+  def no_logits(self):
+    """[tiles, tile, padded scores], or nothing where they are not kept."""
+    shape = self.num_tiles, self.tile_size, self.order.size
+    return jnp.zeros(shape, jnp.float32) if self.keeps_logits else None
+
+  def keep(self, kept, tile, chunk, logits):
+    if kept is None:
+      return None
+    return jax.lax.dynamic_update_slice(
+      kept, logits[None], (tile, 0, chunk * self.chunk_size)
+    )
+
+  def kept(self, kept, tile, chunk):
+    sizes = 1, self.tile_size, self.chunk_size
+    start = tile, 0, chunk * self.chunk_size
+    return jax.lax.dynamic_slice(kept, start, sizes)[0]
 
   def logits(self, weights, states):
     """Of some tokens and positions, in float32."""
@@ -259,24 +294,26 @@ def _forward_chunks(
     weights = head.weights(tile)
 
     def add_chunk(chunk, carry):
-      states, maxima, totals = head.chunk(chunk, columns, *carry)
-      logits = head.of_tile(tile, head.logits(weights, states), _LEAST)
+      *sums, kept = carry
+      states, maxima, totals = head.chunk(chunk, columns, *sums)
+      logits = head.logits(weights, states)
+      kept = head.keep(kept, tile, chunk, logits)
+      logits = head.of_tile(tile, logits, _LEAST)
       largest = jnp.maximum(maxima, logits.max(axis=0))
       total = jnp.exp(logits - largest[None]).sum(axis=0)
       total = total + totals * jnp.exp(maxima - largest)
       return (
         head.put(carry[0], chunk, largest),
         head.put(carry[1], chunk, total),
+        kept,
       )
 
     return jax.lax.fori_loop(0, head.num_chunks, add_chunk, carry)
 
   shape = head.order.shape
-  maxima, totals = jax.lax.fori_loop(
-    0,
-    head.num_tiles,
-    add_tile,
-    (jnp.full(shape, _LEAST), jnp.zeros(shape, jnp.float32)),
+  start = jnp.full(shape, _LEAST), jnp.zeros(shape, jnp.float32)
+  maxima, totals, kept = jax.lax.fori_loop(
+    0, head.num_tiles, add_tile, (*start, head.no_logits())
   )
   largest = jax.lax.pmax(maxima, tensor)
   totals, found = jax.lax.psum(
@@ -289,7 +326,7 @@ def _forward_chunks(
     values = zeros.at[head.order].set(values, mode="drop")
     return values.reshape(positions.shape)
 
-  return spread(found - log_normalizers), spread(log_normalizers)
+  return spread(found - log_normalizers), spread(log_normalizers), kept
 
 
 def _backward_chunks(
@@ -299,6 +336,7 @@ def _backward_chunks(
   targets,
   counts,
   log_normalizers,
+  kept,
   logp_gradients,
   *,
   softcap,
@@ -324,7 +362,10 @@ def _backward_chunks(
       states, targets, normalizer, gradient, state_gradient = head.chunk(
         chunk, columns, head.targets, normalizers, gradients, carry[0]
       )
-      logits = head.logits(weights, states)
+      if kept is None:
+        logits = head.logits(weights, states)
+      else:
+        logits = head.kept(kept, tile, chunk)
       probabilities = jnp.exp(logits - normalizer[None])
       is_target = (tokens == targets[None]).astype(jnp.float32)
       logit_gradient = gradient[None] * (is_target - probabilities)

@@ -3,7 +3,9 @@
 Whoever needs to know what a run does to a machine compiles exactly these.
 """
 
+import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +34,6 @@ class Program(NamedTuple):
       the first step; else None.
     batch_sharding: Of the arrays of a PackedBatch [microbatches, rows, ...].
     init_opt_state: Parameters to a fresh optimizer state, born sharded.
-    schedule: Learning rate at a step.
     train_step: Jitted `steps.train_step`; donates the state.
     eval_step: Jitted `steps.eval_step`.
     score_step: Jitted `steps.score_step` of `abstract_scored`, if that is not
@@ -45,7 +46,6 @@ class Program(NamedTuple):
   abstract_scored: steps.Params | None
   batch_sharding: NamedSharding
   init_opt_state: Callable[[steps.Params], optax.OptState]
-  schedule: optim.Schedule
   train_step: jax.stages.Wrapped
   eval_step: jax.stages.Wrapped
   score_step: jax.stages.Wrapped | None
@@ -101,6 +101,7 @@ def make_program(
     reference_config=reference_model,
     objective=objective,
     optimizer=optimizer,
+    schedule=schedule,
   )
   evaluate = functools.partial(
     steps.eval_step,
@@ -119,7 +120,6 @@ def make_program(
       in_shardings=(shardings(params),),
       out_shardings=shardings(opt_state),
     ),
-    schedule=schedule,
     train_step=jax.jit(
       step,
       in_shardings=(shardings(state), *inputs),
@@ -207,7 +207,9 @@ def compile_step(
   batch = abstract_batch(program, batch)
   count = jax.ShapeDtypeStruct((), jnp.int32)
   with jax.set_mesh(program.mesh):
-    return step.lower(first, program.abstract_reference, batch, count).compile()
+    return _compiled(
+      step.lower(first, program.abstract_reference, batch, count)
+    )
 
 
 def compile_score_step(
@@ -224,8 +226,20 @@ def compile_score_step(
   )
   batch = _abstract(program, batch)
   with jax.set_mesh(program.mesh):
-    step = program.score_step.lower(program.abstract_scored, batch)
-    return step.compile()
+    return _compiled(program.score_step.lower(program.abstract_scored, batch))
+
+
+def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiles, and returns to the system what the compiler has freed.
+
+  The C library keeps it for later: some 400 MB beside a small model.
+  """
+  compiled = lowered.compile()
+  if sys.platform == "linux":
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+      trim(0)
+  return compiled
 
 
 def abstract_batch(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpop_jax import logprobs, metrics
+from dpop_jax import logprobs, metrics, optim
 from dpop_jax import pairs as pairs_lib
 from dpop_jax.models import decoder
 
@@ -59,11 +59,14 @@ class StepReport(NamedTuple):
     grad_norm: Global norm of the gradient, before clipping.
     grad_norms: Norm of each parameter's gradient, float32 [parameters], in the
       order of `jax.tree.leaves`; names what went non-finite.
+    learning_rate: That of the update. Here, because what the host asks a
+      device for waits for the steps that it has been given.
   """
 
   metrics: Metrics
   grad_norm: jax.Array
   grad_norms: jax.Array
+  learning_rate: jax.Array
 
 
 def region_logps(
@@ -172,6 +175,7 @@ def train_step(
   reference_config: decoder.DecoderConfig,
   objective: Objective,
   optimizer: optax.GradientTransformation,
+  schedule: optim.Schedule,
 ) -> tuple[State, StepReport]:
   """One update on all the pairs of a batch, however they are packed.
 
@@ -184,6 +188,7 @@ def train_step(
     reference_config: The reference's.
     objective: What to minimise.
     optimizer: How.
+    schedule: Its learning rate by the number of updates before.
   """
 
   def differentiate(rows):
@@ -207,9 +212,13 @@ def train_step(
     gradients, state.opt_state, state.params
   )
   params = optax.apply_updates(state.params, updates)
-  grad_norm = jnp.linalg.norm(grad_norms)
-  state = State(state.step + 1, params, opt_state)
-  return state, StepReport(report, grad_norm, grad_norms)
+  report = StepReport(
+    metrics=report,
+    grad_norm=jnp.linalg.norm(grad_norms),
+    grad_norms=grad_norms,
+    learning_rate=schedule(state.step),
+  )
+  return State(state.step + 1, params, opt_state), report
 
 
 def eval_step(

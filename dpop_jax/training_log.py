@@ -100,7 +100,7 @@ class TrainingLog:
     values = metrics_lib.means(self._metrics) | self._speed()
     values |= {
       "grad_norm": float(report.grad_norm),
-      "learning_rate": float(self._program.schedule(step - 1)),
+      "learning_rate": float(report.learning_rate),
       "epoch": self._plan.epoch(step),
     }
     self._writer.write(step, "train", values)

@@ -200,8 +200,9 @@ def head_inputs(rows=8, length=12, hidden=16, vocab=24, scores=10):
   + [(7, 2, (1, 1, 8), None), (7, 5, (1, 8, 1), None)]
   + [(7, 5, (2, 2, 2), None), (7, 5, (2, 2, 2), 5.0), (7, 5, None, 5.0)],
 )
+@pytest.mark.parametrize("kept_bytes", [0, 2**20], ids=["again", "kept"])
 def test_chunks_tiles_and_shards_of_the_head_change_nothing(
-  chunk_size, tile_size, shape, softcap
+  chunk_size, tile_size, shape, softcap, kept_bytes
 ):
   inputs = head_inputs()
   weights = jax.random.normal(jax.random.key(9), inputs[3].shape)
@@ -219,6 +220,7 @@ def test_chunks_tiles_and_shards_of_the_head_change_nothing(
     softcap=softcap,
     chunk_size=chunk_size,
     tile_size=tile_size,
+    kept_bytes=kept_bytes,
   )
   if shape is None:
     gradients, logps = run(fast)
@@ -239,31 +241,36 @@ def test_chunks_tiles_and_shards_of_the_head_change_nothing(
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_the_head_keeps_no_logits_of_all_positions():
+def gradient_temporaries(function, inputs):
+  """Bytes that the gradients of hidden states and weights take meanwhile."""
+  total = lambda h, u: function(h, u, *inputs[2:]).sum()
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+  compiled = gradient.lower(*inputs[:2]).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_logits_of_all_positions_are_kept_only_where_they_are_few():
   inputs = head_inputs(rows=2, length=512, scores=512, vocab=4096)
-
-  def temporaries(function):
-    total = lambda h, u: function(h, u, *inputs[2:]).sum()
-    compiled = (
-      jax.jit(jax.grad(total, argnums=(0, 1))).lower(*inputs[:2]).compile()
-    )
-    return compiled.memory_analysis().temp_size_in_bytes
-
-  fast = functools.partial(logprobs.token_logps, chunk_size=64)
   all_logits = 2 * 512 * 4096 * 4
-  assert temporaries(naive_token_logps) >= all_logits
-  assert temporaries(fast) < all_logits / 4
+
+  def fast(kept_bytes):
+    function = functools.partial(
+      logprobs.token_logps, chunk_size=64, kept_bytes=kept_bytes
+    )
+    return gradient_temporaries(function, inputs)
+
+  assert gradient_temporaries(naive_token_logps, inputs) >= all_logits
+  assert fast(all_logits - 1) < all_logits / 4
+  assert all_logits <= fast(all_logits) < all_logits * 5 / 4
 
 
 def test_a_larger_vocabulary_takes_memory_for_its_weights_alone():
   def temporaries(vocab):
-    inputs = head_inputs(rows=2, length=64, scores=64, vocab=vocab)
-    fast = functools.partial(logprobs.token_logps, chunk_size=32, tile_size=256)
-    total = lambda h, u: fast(h, u, *inputs[2:]).sum()
-    compiled = (
-      jax.jit(jax.grad(total, argnums=(0, 1))).lower(*inputs[:2]).compile()
+    fast = functools.partial(
+      logprobs.token_logps, chunk_size=32, tile_size=256, kept_bytes=0
     )
-    return compiled.memory_analysis().temp_size_in_bytes
+    inputs = head_inputs(rows=2, length=64, scores=64, vocab=vocab)
+    return gradient_temporaries(fast, inputs)
 
   # At the most a copy of the weights of 16, as their gradient is summed up.
   more = temporaries(8192) - temporaries(2048)
