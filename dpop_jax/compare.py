@@ -7,7 +7,6 @@ compiled/, which all runs share; and the report.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from dpop_jax import (
   atomic_files,
   checkpoints,
   config_values,
+  folder_locks,
   inputs,
   metric_writers,
   saved_config,
@@ -75,7 +75,8 @@ def compare(
   """
   _check(configs, seeds)
   folder = paths_lib.local(workdir, "--workdir")
-  with _alone_in(folder):
+  # Two at once would take each other's runs for killed ones.
+  with folder_locks.alone_in(folder, "comparing"):
     return _compare(configs, folder, seeds, questions, options, example)
 
 
@@ -124,22 +125,6 @@ def _compare(configs, folder, seeds, questions, options, example):
     num_questions=0 if questions is None else len(questions.prompts),
     example=example,
   )
-
-
-@contextlib.contextmanager
-def _alone_in(folder: pathlib.Path):
-  """Two at once would take each other's runs for killed ones."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / "lock").open("w") as file:
-    try:
-      # Given up when the process ends, however it ends.
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ValueError(
-        f"Another process is comparing in {folder}; wait for it, or use "
-        "another --workdir."
-      ) from None
-    yield
 
 
 def _check(configs: Mapping[str, config_lib.Config], seeds: Sequence[int]):

@@ -11,6 +11,7 @@ from dpop_jax import (
   checkpoints,
   evaluate,
   exchange,
+  folder_locks,
   hugging_face_files,
   inputs,
   metric_writers,
@@ -55,7 +56,8 @@ def train(config: config_lib.Config, workdir: str) -> Result:
   Raises:
     FileNotFoundError: A file of the config is missing.
     ValueError: The config, the data and the mesh do not fit together, the
-      workdir holds another run, or the processes were not started alike.
+      workdir holds another run, another process is at work in it, or the
+      processes were not started alike.
     FloatingPointError: Something went non-finite.
   """
   saved_config.check_started_alike(config)
@@ -92,6 +94,14 @@ def train(config: config_lib.Config, workdir: str) -> Result:
   plans = {"train": plan}
   if data.eval is not None:
     plans["eval"] = evaluate.make_plan(data.eval, config.batch)
+  # Only now, so that a mistake above leaves no folder behind.
+  with folder_locks.alone_in(workdir, "training"):
+    return _train(config, workdir, program, data, plans, differences)
+
+
+def _train(config, workdir, program, data, plans, differences) -> Result:
+  """What writes to the workdir."""
+  plan = plans["train"]
   is_primary = jax.process_index() == 0
   if is_primary:
     saved_config.save(config, workdir)
@@ -113,7 +123,7 @@ def train(config: config_lib.Config, workdir: str) -> Result:
       ) as writer,
       progress.Progress(
         "train",
-        num_steps=num_steps,
+        num_steps=plan.num_steps,
         first_step=first_step or 0,
         is_shown=is_primary,
       ) as bar,

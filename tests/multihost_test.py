@@ -8,6 +8,7 @@ one process with CPU devices adds up in another order, and agrees to rounding.
 So does another mesh.
 """
 
+import fcntl
 import json
 import os
 import pathlib
@@ -168,13 +169,16 @@ def two(sections, stopped, tmp_path_factory):
   """Folders and results of two processes, by names."""
   folder = tmp_path_factory.mktemp("two")
   shutil.copytree(stopped[0], folder / "resumed")
-  return act(folder, 2, sections)
+  (folder / "busy").mkdir()
+  with (folder / "busy" / "lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return act(folder, 2, sections)
 
 
 def act(folder, num_processes, sections):
   """What several tests look at, in one start of the processes."""
   names = ("workdir", "resumed", "revived", "exported", "imported", "own")
-  names += ("kept",)
+  names += ("kept", "busy")
   path = {name: str(folder / name) for name in (*names, "other")}
   workdir = path["workdir"]
   with_sections = lambda **others: {"sections": sections, **others}
@@ -206,6 +210,10 @@ def act(folder, num_processes, sections):
       "different": (
         "train_differently",
         with_sections(workdir=path["other"], may_fail=True),
+      ),
+      "busy": (
+        "run_training",
+        with_sections(workdir=path["busy"], may_fail=True),
       ),
       # Each process is in a folder of its own from here on.
       "own cache": ("load_into_own_cache", with_sections(folder=path["own"])),
@@ -357,6 +365,13 @@ def test_processes_that_were_started_differently_are_told_apart(two):
     * 2
   )
   assert not pathlib.Path(path["other"]).exists()
+
+
+def test_a_workdir_in_use_is_refused_by_all(two):
+  path, results = two
+  message = f"Another process is training in {path['busy']}; wait for it"
+  for result in results["busy"]:
+    assert result.startswith(message)
 
 
 def test_a_workdir_that_is_not_shared_is_refused(two):

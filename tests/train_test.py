@@ -1,5 +1,6 @@
 """The loop: it resumes, stops, checks itself, and says why."""
 
+import fcntl
 import json
 import logging
 import math
@@ -248,6 +249,20 @@ def test_on_sigterm_the_run_saves_stops_and_can_go_on(
   assert_steps_come_once(workdir)
   # Step 5, of which no record was written, is in that of step 6.
   assert_same_metrics(workdir, run[1])
+
+
+def test_two_runs_at_once_in_one_workdir_are_refused(run_copy, make_config):
+  config = pathlib.Path(run_copy, "config.json")
+  before = config.stat().st_mtime_ns
+  with (
+    pathlib.Path(run_copy, "lock").open("w") as file,
+    pytest.raises(ValueError, match="Another process is training in .*copy; "),
+  ):
+    fcntl.flock(file, fcntl.LOCK_EX)
+    train.train(make_config(), run_copy)
+  assert config.stat().st_mtime_ns == before
+  # Whoever held it has ended.
+  assert train.train(make_config(), run_copy).is_complete
 
 
 @pytest.fixture
