@@ -239,16 +239,18 @@ class Preemption:
     with Preemption() as preemption:
       for step in steps:
         ...
-        if preemption.requested(step):
+        if preemption.requested():
           break
 
   With several processes it is JAX's preemption service that listens, which
-  `jax.distributed.initialize` starts, and that agrees on the step at which all
-  processes stop. One process catches the signal itself, in its main thread.
+  `jax.distributed.initialize` starts, and that agrees on the question to which
+  all processes get the answer yes: one that none of them has come to yet. One
+  process catches the signal itself, in its main thread.
   """
 
   def __init__(self):
     self._is_signalled = False
+    self._num_questions = 0
     self._previous = None
 
   def __enter__(self) -> "Preemption":
@@ -262,14 +264,17 @@ class Preemption:
       signal.signal(signal.SIGTERM, self._previous)
       self._previous = None
 
-  def requested(self, step: int) -> bool:
-    """Whether to save and stop now; every process asks once after every step.
+  def requested(self) -> bool:
+    """Whether to save and stop now; all processes ask equally often.
 
     Raises:
       RuntimeError: Several processes, and JAX's preemption service is off.
     """
+    self._num_questions += 1
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      # Questions are numbered here: steps would begin anew where something
+      # else has been asked about before.
+      return multihost_utils.reached_preemption_sync_point(self._num_questions)
     return self._is_signalled
 
   def _on_signal(self, *_) -> None:

@@ -13,7 +13,7 @@ killed process had not come to is computed by the next one.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -218,7 +218,8 @@ def attach(
   plans: Mapping[str, plan_lib.Plan],
   *,
   first_step: int = 0,
-) -> None:
+  is_stopped: Callable[[], bool] = lambda: False,
+) -> bool:
   """Gives plans the reference's log-probs, from the cache or computed now.
 
   Afterwards the plans' batches hold them, and the reference is not needed.
@@ -230,6 +231,10 @@ def attach(
     reference: Parameters.
     plans: All that will be run, by names of their pairs.
     first_step: Of the run; some steps from there on are checked.
+    is_stopped: Asked before every step that is scored: whether to stop there.
+
+  Returns:
+    False if it was stopped. What it had kept by then is there the next time.
 
   Raises:
     ValueError: What is kept is not what this reference gives, or something is
@@ -256,7 +261,8 @@ def attach(
   ]
   all_plans = [*plans.values(), *(plan for _, _, plan, _ in to_score)]
   scorer = _Scorer(program, reference, all_plans, config.batch)
-  _score(scorer, to_score)
+  if not _score(scorer, to_score, is_stopped):
+    return False
   for name, plan in plans.items():
     plan.reference_logps = tables[name].of_step
     _check(scorer, name, plan, tables[name], first_step)
@@ -266,11 +272,13 @@ def attach(
       name,
       tables[name].folder,
     )
+  return True
 
 
-def _score(scorer, to_score):
+def _score(scorer, to_score, is_stopped):
+  """Whether all of it was scored, and kept."""
   if not to_score:
-    return
+    return True
   num_steps, done = sum(len(steps) for *_, steps in to_score), 0
   with progress.Progress(
     "reference", num_steps=num_steps, is_shown=jax.process_index() == 0
@@ -278,11 +286,14 @@ def _score(scorer, to_score):
     for table, part, plan, its_steps in to_score:
       found = []
       for step in its_steps:
+        if is_stopped():
+          return False
         found.append(scorer(plan, step))
         done += 1
         bar.update(done)
       ids = np.concatenate([plan.layout(step).pair_ids for step in its_steps])
       table.add(part, table.in_order(ids, np.concatenate(found)))
+  return True
 
 
 def _check(scorer, name, plan, table, first_step):

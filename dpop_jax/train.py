@@ -1,6 +1,7 @@
 """The training loop, top to bottom."""
 
 import concurrent.futures
+import sys
 from typing import NamedTuple
 
 import jax
@@ -36,13 +37,13 @@ class Result(NamedTuple):
     step: Updates made in all.
     is_complete: False if the run was asked to stop before its end.
     eval_metrics: Means on the held-out pairs at the end, if there are any.
-    params: The policy.
+    params: The policy; None if it was asked to stop before it had any.
   """
 
   step: int
   is_complete: bool
   eval_metrics: dict[str, float] | None
-  params: steps.Params
+  params: steps.Params | None
 
 
 def train(config: config_lib.Config, workdir: str) -> Result:
@@ -116,7 +117,15 @@ def _train(config, workdir, program, data, plans, differences) -> Result:
     checkpoints.Preemption() as preemption,
   ):
     first_step = saved.latest_step()
-    state, reference = _start(config, program, saved, plans)
+    started = _start(config, program, saved, plans, preemption)
+    if started is None:
+      if is_primary:
+        print(
+          "Asked to stop while the reference was scored. Run again to continue.",
+          file=sys.stderr,
+        )
+      return Result(first_step or 0, False, None, None)
+    state, reference = started
     with (
       metric_writers.MetricWriter(
         workdir, resume_step=first_step, is_primary=is_primary
@@ -204,7 +213,7 @@ def _run(
       # While this step runs, the host deals with the one before.
       log.add(step, planned, report)
       is_last = step == num_steps
-      is_stopped = preemption.requested(step)
+      is_stopped = preemption.requested()
       every = config.run.eval_every_steps
       is_eval_due = evaluator and (is_last or (every and step % every == 0))
       is_save_due = is_last or is_stopped or saved.is_due(step)
@@ -226,8 +235,11 @@ def _run(
   return Result(step, is_complete, eval_metrics, state.params)
 
 
-def _start(config, program, saved, plans):
-  """The state to go on from, and the reference if the steps take it."""
+def _start(config, program, saved, plans, preemption):
+  """The state to go on from, and the reference if the steps take it.
+
+  None if the run was asked to stop meanwhile.
+  """
   first_step = saved.latest_step()
   is_resumed = first_step is not None
   params = reference = None
@@ -236,9 +248,15 @@ def _start(config, program, saved, plans):
   if config.loss.name != "sft":
     reference = inputs.load_reference(config, program.mesh, initial=params)
   if program.abstract_scored is not None:
-    reference_cache.attach(
-      config, program, reference, plans, first_step=first_step or 0
-    )
+    if not reference_cache.attach(
+      config,
+      program,
+      reference,
+      plans,
+      first_step=first_step or 0,
+      is_stopped=preemption.requested,
+    ):
+      return None
     # Freed before there is an optimizer state, unless the policy is it.
     reference = None
   if is_resumed:

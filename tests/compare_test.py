@@ -150,7 +150,7 @@ def test_more_settings_and_fewer_seeds_train_what_is_new(done, copy, base):
 def test_a_run_that_was_stopped_or_killed_goes_on(done, configs, copy):
   place = copy / f"{NAMES[1]}_seed1"
   shutil.rmtree(place)
-  after_two = lambda preemption, step: step == 2
+  after_two = mock.Mock(side_effect=[False, True])
   with (
     mock.patch.object(checkpoints.Preemption, "requested", after_two),
     pytest.raises(compare.Stopped, match="Asked to stop in dpop.*_seed1"),

@@ -178,7 +178,7 @@ def two(sections, stopped, tmp_path_factory):
 def act(folder, num_processes, sections):
   """What several tests look at, in one start of the processes."""
   names = ("workdir", "resumed", "revived", "exported", "imported", "own")
-  names += ("kept", "busy")
+  names += ("kept", "busy", "scored", "cache")
   path = {name: str(folder / name) for name in (*names, "other")}
   workdir = path["workdir"]
   with_sections = lambda **others: {"sections": sections, **others}
@@ -198,9 +198,21 @@ def act(folder, num_processes, sections):
     "kept": ("keep_reference", with_sections(folder=path["kept"])),
   }
   if num_processes == 1:
+    code = 0
     actions["revived"] = train_in("revived")
   else:
+    code = 128 + signal.SIGTERM
     (folder / "own").mkdir()
+    # In bfloat16 every step of the run is scored.
+    scoring = {
+      "sections": sections
+      | {
+        "model": sections["model"] | {"dtype": "bfloat16"},
+        "reference": {"cache_dir": path["cache"]},
+      },
+      "workdir": path["scored"],
+      "stops": [1, 2],
+    }
     actions |= {
       "exchanged": ("exchange_texts", {"texts": ["a", "longer, ä"]}),
       "failed": (
@@ -218,8 +230,10 @@ def act(folder, num_processes, sections):
       # Each process is in a folder of its own from here on.
       "own cache": ("load_into_own_cache", with_sections(folder=path["own"])),
       "own workdir": ("train_in_own_workdir", with_sections(may_fail=True)),
+      # What follows would be stopped as well.
+      "stopped": ("stop_scoring", scoring),
     }
-  results = run(folder / "work", num_processes, *actions.values())
+  results = run(folder / "work", num_processes, *actions.values(), code=code)
   return path, {
     name: [result[i] for result in results] for i, name in enumerate(actions)
   }
@@ -372,6 +386,16 @@ def test_a_workdir_in_use_is_refused_by_all(two):
   message = f"Another process is training in {path['busy']}; wait for it"
   for result in results["busy"]:
     assert result.startswith(message)
+
+
+def test_sigterm_in_one_process_stops_scoring_in_all_of_them(two):
+  path, results = two
+  first, second = results["stopped"]
+  assert first == second
+  assert not first["is_complete"] and first["step"] == 0
+  # Eight steps and the held-out pairs, and some again as a check.
+  assert 2 <= first["num_scored"] < 8 + 1
+  assert not list(pathlib.Path(path["scored"], "checkpoints").iterdir())
 
 
 def test_a_workdir_that_is_not_shared_is_refused(two):

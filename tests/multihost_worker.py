@@ -118,6 +118,34 @@ class Reads:
       patch.stop()
 
 
+def stop_scoring(sections, workdir, stops):
+  """Trains, and terminates one process while the reference is scored.
+
+  Args:
+    sections: The config, with `reference.cache_dir`.
+    workdir: Of the run.
+    stops: (process, how many steps are scored before).
+  """
+  call, scored = reference_cache._Scorer.__call__, []
+
+  def call_and_stop(scorer, its_plan, step):
+    logps = call(scorer, its_plan, step)
+    scored.append(step)
+    if [jax.process_index(), len(scored)] == stops:
+      os.kill(os.getpid(), signal.SIGTERM)
+    if len(scored) >= stops[1]:
+      time.sleep(1)  # JAX looks for signals once a second.
+    return logps
+
+  with mock.patch.object(reference_cache._Scorer, "__call__", call_and_stop):
+    result = train.train(config.from_dict(sections), workdir)
+  return {
+    "step": result.step,
+    "is_complete": result.is_complete,
+    "num_scored": len(scored),
+  }
+
+
 def use_run(workdir, prompts):
   """Metrics and answers of a run."""
   its_config = saved_config.load(workdir)
@@ -157,8 +185,8 @@ def keep_reference(sections, folder):
   reference = inputs.load_reference(its_config, mesh)
   found, scored = [], []
   score = reference_cache._score
-  count = lambda scorer, to_score: (
-    scored.append(len(to_score)) or score(scorer, to_score)
+  count = lambda scorer, to_score, is_stopped: (
+    scored.append(len(to_score)) or score(scorer, to_score, is_stopped)
   )
   for _ in range(2):
     its_plan = plan.Plan(data.train, its_config.batch, seed=0, num_steps=4)
@@ -225,6 +253,7 @@ ACTIONS = {
     export_and_import,
     keep_reference,
     load_into_own_cache,
+    stop_scoring,
     train_in_own_workdir,
     train_differently,
     fail_first,

@@ -609,6 +609,36 @@ def test_with_kept_log_probs_a_run_is_the_same(run, cached_run):
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
+def test_on_sigterm_the_scoring_stops_and_goes_on_where_it_was(
+  cached_run, make_config, tmp_path, capsys
+):
+  config = make_config(reference__cache_dir=str(tmp_path / "cache"))
+  workdir = str(tmp_path / "run")
+  add, added = reference_cache._Table.add, []
+
+  def add_and_terminate(table, part, logps):
+    add(table, part, logps)
+    added.append(part.file.name)
+    if len(added) == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  # Sixteen pairs in parts of six, and four that are held out.
+  with (
+    mock.patch.object(reference_cache, "_PAIRS_A_PART", 6),
+    mock.patch.object(reference_cache._Table, "add", add_and_terminate),
+  ):
+    stopped = train.train(config, workdir)
+    assert (stopped.step, stopped.is_complete) == (0, False)
+    assert added == ["000000.logps"]
+    assert "Asked to stop while the reference" in capsys.readouterr().err
+    assert saved_steps(workdir) == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train.train(config, workdir).is_complete
+  # The first part was not scored again; the last one is of the held-out pairs.
+  assert added == [f"00000{i}.logps" for i in (0, 1, 2, 0)]
+  assert_same_metrics(workdir, cached_run[1], rel=1e-4, abs=1e-5)
+
+
 def test_evaluation_of_a_workdir_needs_no_kept_log_probs(cached_run):
   result, workdir, config = cached_run
   found = evaluate.evaluate_run(config, workdir)
@@ -628,7 +658,7 @@ def test_on_resuming_the_reference_is_freed_before_the_state_is_there(
 
   def attach_and_look(*arguments, **options):
     seen["with reference"] = live_bytes()
-    attach(*arguments, **options)
+    return attach(*arguments, **options)
 
   def look_and_restore(*arguments):
     seen["restoring"] = live_bytes()
@@ -660,7 +690,7 @@ def test_a_reference_of_its_own_is_freed_before_the_first_step(
 
   def attach_and_look(*arguments, **options):
     seen.append(count() - before)
-    attach(*arguments, **options)
+    return attach(*arguments, **options)
 
   def look(*_, **__):
     seen.append(count() - before)
