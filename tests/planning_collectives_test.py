@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpop_jax import sharding
-from dpop_jax.planning import collectives
+from dpop_jax.planning import collectives, purposes
 
 # Instructions as the TPU compiler writes them, shortened.
 PROGRAM = (
@@ -99,6 +99,58 @@ ENTRY %main (p: f32[8]) -> f32[4] {
   assert [(c.kind, c.op_name) for c in found] == [
     ("all-reduce", "jit(step)/norm/reduce_sum"),
     ("reduce-scatter", "jit(step)/gate/dot_general"),
+  ]
+
+
+def test_what_only_moves_a_result_does_not_name_it():
+  place = "jit(step)/while/body/dynamic_update_slice"
+  text = f"""
+ENTRY %main (p: f32[8], all: f32[4,8]) -> f32[4,8] {{
+  %p = f32[8] parameter(0)
+  %all = f32[4,8] parameter(1)
+  %zero = s32[] constant(0)
+  %made = f32[1,8] reduce(%p), metadata={{op_name="jit(step)/norm/reduce_sum"}}
+  %put = f32[4,8] dynamic-update-slice(%all, %made, %zero), \
+metadata={{op_name="{place}"}}
+  ROOT %sum = f32[4,8] all-reduce(%put), replica_groups={{{{0,1}}}}
+}}
+"""
+  (found,) = collectives.read(text, 2, lambda op_name: 1)
+  assert found.op_name == "jit(step)/norm/reduce_sum"
+
+
+def test_a_sum_over_slices_is_put_together_of_what_chips_receive():
+  text = """
+%part (received: f32[4]) -> f32[2] {
+  %received = f32[4] parameter(0)
+  ROOT %slice = f32[2] slice(%received), slice={[0:2]}
+}
+
+%scaled (received.1: f32[4]) -> f32[4] {
+  %received.1 = f32[4] parameter(0)
+  ROOT %product = f32[4] multiply(%received.1, %received.1)
+}
+
+ENTRY %main (p: f32[4], q: f32[4]) -> f32[8] {
+  %p = f32[4] parameter(0)
+  %q = f32[4] parameter(1)
+  %token = token[] after-all()
+  %recv = (f32[4], u32[], token[]) recv(%token), is_host_transfer=true
+  %recv-done = (f32[4], token[]) recv-done(%recv), is_host_transfer=true
+  %sum = f32[4] get-tuple-element(%recv-done), index=0
+  %two = f32[2] fusion(%sum), kind=kLoop, calls=%part
+  %other = f32[4] fusion(%sum), kind=kLoop, calls=%scaled
+  %a = f32[8] all-gather(%sum), replica_groups={{0,1}}, dimensions={0}
+  %b = f32[4] all-gather(%two), replica_groups={{0,1}}, dimensions={0}
+  %c = f32[8] all-gather(%other), replica_groups={{0,1}}, dimensions={0}
+  ROOT %d = f32[8] all-gather(%p), replica_groups={{0,1}}, dimensions={0}
+}
+"""
+  found = collectives.read(text, 2, lambda op_name: 1)
+  assert [c.is_received for c in found] == [True, True, False, False]
+  told = [purposes.purpose(c, ["fsdp"]) for c in found]
+  assert [text.startswith("sums are put together") for text in told] == [
+    *[True, True, False, False]
   ]
 
 

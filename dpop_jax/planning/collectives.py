@@ -10,6 +10,10 @@ import numpy as np
 from dpop_jax.planning import hlo
 
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+# The name of what only puts a result in its place says nothing of it.
+_MOVES = "/dynamic_update_slice"
+_COPIES = ("get-tuple-element", "bitcast", "copy")
+_PARTS = (*_COPIES, "parameter", "slice", "reshape", "transpose")
 # How far back it is looked for what a nameless collective is about.
 _MAX_STEPS_BACK = 16
 KINDS = (
@@ -34,6 +38,8 @@ class Collective(NamedTuple):
     computation: The part of the program that it stands in.
     is_sparse: Whether it adds up arrays that are zero but for a device's own
       part: a gather, as the TPU compiler writes it over a whole 3D torus.
+    is_received: Whether it gathers what has come from other slices: a sum over
+      slices is made of a part of it on each chip.
   """
 
   kind: str
@@ -43,6 +49,7 @@ class Collective(NamedTuple):
   op_name: str
   computation: str
   is_sparse: bool = False
+  is_received: bool = False
 
   @property
   def sent_bytes(self) -> float:
@@ -113,6 +120,8 @@ def read(
         computation=computation,
         is_sparse=kind == "all-reduce"
         and any("dynamic-update-slice" in n for n in instruction.operands),
+        is_received=kind == "all-gather"
+        and _is_received(module, callers, instruction, computation),
       )
     )
   return found
@@ -167,8 +176,8 @@ def _op_name_nearby(module, callers, instruction, computation) -> str:
   added = module.computations.get(instruction.attribute("to_apply") or "", {})
   nearby = (*around, *sources, *users, *added.values())
   names = (other.op_name for other in nearby)
-  found = next((name for name in names if name.startswith("jit(")), "")
-  if found:
+  is_telling = lambda name: name.startswith("jit(") and _tells(name)
+  if found := next(filter(is_telling, names), ""):
     return found
   edge = [(computation, instruction.name)]
   seen = set(edge)
@@ -181,14 +190,44 @@ def _op_name_nearby(module, callers, instruction, computation) -> str:
           made_from.append(source)
     edge = made_from
     for place, name in edge:
-      if found := module.computations[place][name].op_name:
+      found = module.computations[place][name].op_name
+      if _tells(found):
         return found
   return ""
 
 
+def _tells(op_name: str) -> bool:
+  return bool(op_name) and not op_name.endswith(_MOVES)
+
+
+def _is_received(module, callers, instruction, computation) -> bool:
+  """Whether it is made of what a `recv` gives, or of a part of that."""
+  is_part = lambda source: (
+    source.opcode in _PARTS
+    or (
+      source.opcode == "fusion"
+      and all(
+        inner.opcode in _PARTS
+        for inner in module.computations[
+          source.attribute("calls") or ""
+        ].values()
+      )
+    )
+  )
+  edge = _made_from(module, callers, computation, instruction.name)
+  while edge:
+    place, name = edge.pop()
+    source = module.computations[place][name]
+    if source.opcode == "recv-done":
+      return True
+    if is_part(source):
+      edge += _made_from(module, callers, place, name)
+  return False
+
+
 def _behind_copies(instructions, name) -> hlo.Instruction:
   source = instructions[name]
-  while source.opcode in ("get-tuple-element", "bitcast", "copy"):
+  while source.opcode in _COPIES:
     source = instructions[source.operands[0]]
   return source
 
@@ -203,7 +242,10 @@ def _made_from(module, callers, computation, name) -> list[tuple[str, str]]:
       for place, caller in callers.get(computation, ())
       if caller.opcode != "while" and number < len(caller.operands)
     ]
-  return [(computation, operand) for operand in instruction.operands]
+  operands = instruction.operands
+  if instruction.opcode == "dynamic-update-slice":
+    operands = operands[1:2]
+  return [(computation, operand) for operand in operands]
 
 
 def _callers(module) -> dict[str, list[tuple[str, hlo.Instruction]]]:

@@ -77,7 +77,7 @@ _PURPOSES = (
     _ANY,
     (sharding.FSDP,),
     r"jvp\((Decoder\)/(convert_element_type|shard_map/(all_gather|jit\(_take))"
-    r"|\)/shard_map/gather)",
+    r"|\)/shard_map/gather)|\[\\?'embedding\\?'\]$",
   ),
   _Purpose(
     "looked-up embeddings are summed over parts of the vocabulary",
@@ -89,7 +89,8 @@ _PURPOSES = (
     "the output embedding is gathered for the scores",
     _ANY,
     (sharding.FSDP,),
-    r"jvp\(\)\)?/shard_map/(all_gather|convert_element_type)",
+    r"jvp\(\)\)?/shard_map/(all_gather|convert_element_type|.*dot_general)"
+    r"|\[\\?'unembedding\\?'\]$",
   ),
   _Purpose(
     "log-normalizers and targets are summed over parts of the vocabulary",
@@ -101,7 +102,7 @@ _PURPOSES = (
     "gradients of hidden states are summed over parts of the vocabulary",
     _REDUCE,
     (sharding.TENSOR,),
-    r"transpose\(jvp\(\)\)/shard_map/psum",
+    r"transpose\(jvp\(\)\)/shard_map/(psum|while)",
   ),
   _Purpose(
     "gradients of the embeddings are summed over rows and scattered",
@@ -152,6 +153,11 @@ def purpose(collective: collectives.Collective, axes: Sequence[str]) -> str:
     collective: What to explain.
     axes: Mesh axes that its group extends over.
   """
+  if collective.is_received:
+    return (
+      "sums are put together again, of which each chip has sent a part to "
+      "other slices"
+    )
   for candidate in _PURPOSES:
     if (
       collective.kind in candidate.kinds
