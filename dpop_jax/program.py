@@ -6,8 +6,8 @@ Whoever needs to know what a run does to a machine compiles exactly these.
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +195,7 @@ def compile_step(
   program: Program,
   first: steps.State | steps.Params,
   batch: pairs_lib.PackedBatch,
+  options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
   """Compiles a step of the program once, for all batches of one shape.
 
@@ -203,38 +204,44 @@ def compile_step(
     program: The program.
     first: Abstract first argument: the state or the parameters.
     batch: A batch, or its shapes and dtypes.
+    options: Of XLA, beyond its own choice.
   """
   batch = abstract_batch(program, batch)
   count = jax.ShapeDtypeStruct((), jnp.int32)
   with jax.set_mesh(program.mesh):
-    return _compiled(
-      step.lower(first, program.abstract_reference, batch, count)
-    )
+    lowered = step.lower(first, program.abstract_reference, batch, count)
+    return _compiled(lowered, options)
 
 
 def compile_score_step(
-  program: Program, batch: pairs_lib.PackedBatch
+  program: Program,
+  batch: pairs_lib.PackedBatch,
+  options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
   """Compiles `program.score_step` for batches of one shape, of one microbatch.
 
   Args:
     program: One whose reference's log-probs come with the batch.
     batch: As of `compile_step`, of any number of microbatches.
+    options: Likewise.
   """
   batch = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch
   )
   batch = _abstract(program, batch)
   with jax.set_mesh(program.mesh):
-    return _compiled(program.score_step.lower(program.abstract_scored, batch))
+    lowered = program.score_step.lower(program.abstract_scored, batch)
+    return _compiled(lowered, options)
 
 
-def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def _compiled(
+  lowered: jax.stages.Lowered, options: Mapping[str, Any] | None
+) -> jax.stages.Compiled:
   """Compiles, and returns to the system what the compiler has freed.
 
   The C library keeps it for later: some 400 MB beside a small model.
   """
-  compiled = lowered.compile()
+  compiled = lowered.compile(compiler_options=options and dict(options))
   if sys.platform == "linux":
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpop_jax import sharding
-from dpop_jax.planning import chips, plan
+from dpop_jax.planning import chips, compiler
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
@@ -82,6 +82,15 @@ def test_published_rates_of_a_link():
     assert 2 * links * chip.link_bandwidth == pytest.approx(total)
 
 
+def test_published_rates_between_slices():
+  # A host of eight v5e has two network cards of 100 Gbit/s, of eight v6e four
+  # of 200; of v5p the rate is that of a chip. Of v4 there is none.
+  rates = {"v4": None, "v5e": 200e9 / 8, "v5p": 50e9, "v6e": 800e9 / 8}
+  for name, rate in rates.items():
+    found = chips.CHIPS[name].dcn_bandwidth
+    assert (found and 8 * found) == (rate and pytest.approx(rate))
+
+
 def test_without_the_compiler_the_error_tells_how_to_get_it(monkeypatch):
   find_spec = importlib.util.find_spec
   monkeypatch.setattr(
@@ -116,7 +125,7 @@ def test_the_memory_is_what_the_compiler_lets_a_program_use(topology):
     jax.jit(lambda x: (x @ x) @ x.T).lower(large).compile()
   gib = slices.chip.hbm_bytes / 2**30
   assert f"exceeds available HBM ({gib:.2f}G)" in str(caught.value)
-  assert plan.needed_bytes(str(caught.value)) > slices.chip.hbm_bytes
+  assert compiler.refused_bytes(str(caught.value)) > slices.chip.hbm_bytes
 
 
 @needs_libtpu

@@ -11,6 +11,7 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
@@ -22,6 +23,7 @@ from dpop_jax.planning import (
   batch_shapes,
   chips,
   collectives,
+  compiler,
   flops,
   plan,
   plan_search,
@@ -182,7 +184,7 @@ def test_what_is_on_hosts_is_not_in_hbm():
   ],
 )
 def test_what_the_compiler_needs_is_read_from_its_message(message, needed):
-  found = plan.needed_bytes(message)
+  found = compiler.refused_bytes(message)
   assert found == (needed if needed is None else int(needed))
 
 
@@ -234,6 +236,7 @@ def test_between_slices_each_chip_sends_its_part():
   )
   # In each slice 2 * 3/4 of the bytes, then of a quarter of them 2 * 1/2.
   assert bound.ici == pytest.approx(2 * 1.5e9 / 100e9)
+  assert bound.dcn_bytes == pytest.approx(2 * 0.25e9)
   assert bound.dcn == pytest.approx(2 * 0.25e9 / 3.125e9)
   assert bound.limit == "dcn"
   v4 = step_time.lower_bound(
@@ -323,7 +326,8 @@ def test_what_did_not_fit_rules_out_what_takes_more(
   others = [layout for layout in layouts if layout.mesh == (1, 2, 4)]
   compiled = []
 
-  def make_plan(config, slices, shapes):
+  def make_plan(config, slices, shapes, *, has_code):
+    assert not has_code
     compiled.append(config)
     return fake_plan(smallest[0], slices, shapes, fits=False)
 
@@ -340,7 +344,7 @@ def test_a_search_ends_after_so_many_compilations(
   layouts, small_slice, shapes, monkeypatch
 ):
 
-  def make_plan(config, slices, shapes):
+  def make_plan(config, slices, shapes, *, has_code):
     layout = next(x for x in layouts if x.config == config)
     return fake_plan(layout, slices, shapes, fits=True)
 
@@ -380,7 +384,12 @@ def test_a_kept_reference_is_scored_before_the_steps_and_not_in_them():
   # float32 by pair, side and region, of two rows a device.
   logps = 2 * shapes.capacity.pairs * 2 * 3 * 4
   assert memory.batch == expected.batch + logps * shapes.num_microbatches(8)
-  scoring = plan._scoring_bytes(made, shapes.empty_batch(8))
+  found = compiler.compiled(
+    lambda options: program.compile_score_step(
+      made, shapes.empty_batch(8), options
+    )
+  )
+  scoring = plan.scoring_bytes(made, found)
   assert scoring > memory.params + expected.reference
 
 
@@ -410,9 +419,7 @@ def test_a_step_is_planned_for_every_chip(topology, num_slices, mesh):
   # Heads of 32 may be padded to 128 lanes; large arrays are as counted.
   assert 0 <= memory.padding < 0.5 * memory.arguments
   assert found.needed_bytes == memory.total < slices.chip.hbm_bytes
-  # For several slices the compiler rewrites what it has, and loses names.
-  if num_slices == 1:
-    assert all(moved.purpose for moved in found.moved), found.moved
+  assert all(moved.purpose for moved in found.moved), found.moved
   axes = {axis for moved in found.moved for axis in moved.axes}
   used = {a for a, n in zip(sharding.MESH_AXES, mesh, strict=True) if n > 1}
   assert axes == used
@@ -425,6 +432,49 @@ def test_a_step_is_planned_for_every_chip(topology, num_slices, mesh):
     sum(entry["bytes_per_chip"] for entry in text["collectives"])
   )
   assert "Fits: needs" in plan_text.describe(found)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("topology", "num_slices", "mesh", "rows"),
+  [
+    # Eight rows a step, so two microbatches, or one and no loop over them.
+    ("v4:2x2x1", 2, (2, 2, 2), 4),
+    ("v5p:2x2x1", 2, (2, 2, 2), 8),
+    # Copies of the parameters within a slice as well.
+    ("v6e:2x2", 2, (4, 1, 2), 4),
+    ("v5e:2x2", 4, (4, 2, 2), 8),
+    ("v6e:2x4", 2, (2, 2, 4), 8),
+    ("v5e:2x4", 2, (2, 8, 1), 16),
+  ],
+)
+def test_all_that_several_slices_send_has_a_reason(
+  topology, num_slices, mesh, rows
+):
+  config = make_config(mesh=mesh, rows=rows)
+  slices = chips.parse(topology, num_slices)
+  shapes = batch_shapes.of_config(config)
+  found = plan.make_plan(config, slices, shapes, has_code=False)
+  assert all(moved.purpose for moved in found.moved), found.moved
+  assert any(moved.axes == ("data",) for moved in found.moved)
+
+
+@needs_libtpu
+def test_memory_is_what_the_compiler_lays_out():
+  device = chips.devices(chips.parse("v5e:2x2"))[0]
+  x = jax.ShapeDtypeStruct(
+    (4096, 4096),
+    jnp.float32,
+    sharding=jax.sharding.SingleDeviceSharding(device),
+  )
+  lowered = jax.jit(lambda x: jnp.sin(x @ x)).lower(x)
+  found = compiler.compiled(
+    lambda options: lowered.compile(compiler_options=options)
+  )
+  assert found.argument_bytes == x.size * 4
+  # The argument, the result, and no more than one between them.
+  assert 2 * x.size * 4 <= found.hbm_bytes < 3.1 * x.size * 4
 
 
 @needs_libtpu

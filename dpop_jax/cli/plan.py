@@ -6,10 +6,12 @@
 compiles the step that `train` would run with the real TPU compiler
 (`pip install "dpop_jax[tpu]"`), which takes about a minute, and prints what it
 takes of each chip's memory, what it computes, what the chips send to each
-other, and the least time of a step. GB are 1e9 bytes. `--search` tries meshes,
-remat policies and numbers of rows instead of the config's, and prints what
-fits, best first. `--json` adds one JSON object on the last line. It exits with
-code 1 if nothing fits.
+other, and the least time of a step. GB are 1e9 bytes. `--quick` compiles only
+until all memory is laid out, which takes a tenth of the time; what the program
+itself takes, 0.1 GB or so, is then left out. `--search` tries meshes, remat
+policies and numbers of rows instead of the config's, prints what fits, best
+first, and compiles the first to the end. `--json` adds one JSON object on the
+last line. It exits with code 1 if nothing fits.
 
 Without data on this machine, pairs are assumed to be `--tokens_per_pair` long
 (data.max_length, if not given) and scored everywhere.
@@ -36,11 +38,14 @@ _NUM_SLICES = flags.DEFINE_integer(
 _TOKENS_PER_PAIR = flags.DEFINE_integer(
   "tokens_per_pair", None, "Tokens of a pair's tree, where there are no data."
 )
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "Compile until memory is laid out, and make no code."
+)
 _SEARCH = flags.DEFINE_bool(
   "search", False, "Try meshes, remat policies and rows per microbatch."
 )
 _MAX_COMPILES = flags.DEFINE_integer(
-  "max_compiles", 8, "Most compilations of a search."
+  "max_compiles", 24, "Most layouts that a search compiles."
 )
 _JSON = flags.DEFINE_bool("json", False, "A JSON object on the last line.")
 
@@ -56,9 +61,12 @@ def main() -> int:
     config, tokens_per_pair=_TOKENS_PER_PAIR.value
   )
   if _SEARCH.value:
+    if _QUICK.value:
+      raise ValueError("--search is quick by itself; leave --quick out.")
     return _search(config, slices, shapes)
-  print("Compiling; this takes about a minute.", file=sys.stderr, flush=True)
-  found = plan.make_plan(config, slices, shapes)
+  if not _QUICK.value:
+    _tell("Compiling; this takes about a minute.")
+  found = plan.make_plan(config, slices, shapes, has_code=not _QUICK.value)
   print(plan_text.describe(found))
   if _JSON.value:
     print(json.dumps(plan_text.to_dict(found)))
@@ -66,15 +74,14 @@ def main() -> int:
 
 
 def _search(config, slices, shapes) -> int:
-  from dpop_jax.planning import plan_search, plan_text
+  from dpop_jax.planning import plan, plan_search, plan_text
 
   candidates = plan_search.layouts(config, slices, shapes)
   capacity = slices.chip.hbm_bytes
   possible = [c for c in candidates if c.least_bytes <= capacity]
-  print(
-    f"{len(candidates)} layouts, of which {len(possible)} may fit; compiling "
-    f"up to {_MAX_COMPILES.value} of them, a minute or more each.",
-    file=sys.stderr,
+  _tell(
+    f"{len(candidates)} layouts, of which {len(possible)} may fit; laying out "
+    f"up to {_MAX_COMPILES.value} of them."
   )
   if not possible:
     least = min(candidates, key=lambda candidate: candidate.least_bytes)
@@ -83,34 +90,41 @@ def _search(config, slices, shapes) -> int:
       f"layers keep take {least.least_bytes / 1e9:.1f} GB of each chip, and "
       f"{capacity / 1e9:.1f} GB are there. Take more chips."
     )
-  plans = []
+  searched = []
   for layout, found in plan_search.search(
     candidates, slices, shapes, max_compiles=_MAX_COMPILES.value
   ):
     if found is None:
       mesh = "x".join(map(str, layout.mesh))
-      print(
-        f"[{len(plans) + 1}] {mesh}, {layout.config.model.remat}, "
-        f"{layout.config.batch.rows_per_microbatch} rows ...",
-        file=sys.stderr,
-        flush=True,
+      _tell(
+        f"[{len(searched) + 1}] {mesh}, {layout.config.model.remat}, "
+        f"{layout.config.batch.rows_per_microbatch} rows ..."
       )
     else:
-      plans.append(found)
-      print(plan_text.row(found), file=sys.stderr, flush=True)
-  plans = plan_search.best_first(plans)
+      searched.append((layout, found))
+      _tell(plan_text.row(found))
+  plans = plan_search.best_first([found for _, found in searched])
   print(f"{slices.topology}, batches {shapes.source}.")
   print(plan_text.table(plans))
+  if plans[0].fits:
+    _tell("Compiling the first of them to the end.")
+    best = next(layout for layout, found in searched if found is plans[0])
+    plans[0] = plan.make_plan(best.config, slices, shapes)
+    print(f"\nThe first of them:\n\n{plan_text.describe(plans[0])}")
   if _JSON.value:
     dicts = [plan_text.to_dict(found) for found in plans]
     result = {
       "plans": dicts,
       "num_layouts": len(candidates),
       "num_too_large": len(candidates) - len(possible),
-      "num_compiled": len(plans),
+      "num_compiled": len(searched),
     }
     print(json.dumps(result))
-  return 0 if any(found.fits for found in plans) else 1
+  return 0 if plans[0].fits else 1
+
+
+def _tell(message: str) -> None:
+  print(message, file=sys.stderr, flush=True)
 
 
 def _with_data(config):

@@ -3,7 +3,10 @@
 Rates are those of https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e,
 read in 2026. The bandwidth of a link is what these give for all links of a chip
 and both directions, divided by twice the number of links; for v4 it is of
-Jouppi et al., 2023, https://arxiv.org/abs/2304.01433.
+Jouppi et al., 2023, https://arxiv.org/abs/2304.01433. The network of v6e is on
+those editions of its page that compare it with v5e: 25.6 Tbit/s for the 256
+chips of a pod, four cards of 200 Gbit/s for the eight of a host. For that of v4
+no page gives a rate.
 """
 
 import dataclasses
@@ -98,7 +101,8 @@ CHIPS = {
       hbm_bandwidth=1638e9,
       torus_dimensions=2,
       link_bandwidth=800e9 / 8,
-      dcn_bandwidth=None,
+      # 25.6 Tbit/s for the 256 chips of a pod.
+      dcn_bandwidth=25.6e12 / 8 / 256,
       ring_multiple=16,
     ),
   )

@@ -6,7 +6,6 @@ not exist; what it says is what is reported.
 
 import dataclasses
 import math
-import re
 import time
 from collections import Counter
 from typing import Any
@@ -20,16 +19,11 @@ from dpop_jax.planning import (
   batch_shapes,
   chips,
   collectives,
+  compiler,
   flops,
   purposes,
   step_time,
 )
-
-_NEEDED = re.compile(
-  r"total memory required for HLO temporaries \(([\d.]+)([KMGT]?)\)"
-  r"|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
-)
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +37,8 @@ class Memory:
     batch: The batch.
     padding: By which the compiler's layouts make these larger.
     temporaries: All else that lives at the worst moment: gradients, what is
-      kept for the backward pass, gathered weights; None if it was not compiled.
-    code: The program itself; likewise.
+      kept for the backward pass, gathered weights; None if it does not fit.
+    code: The program itself; None also where none was made.
     host: Not in HBM but in its host's memory: optimizer state and reference
       that are kept there.
   """
@@ -138,8 +132,17 @@ def make_plan(
   config: config_lib.Config,
   slices: chips.Slices,
   shapes: batch_shapes.BatchShapes,
+  *,
+  has_code: bool = True,
 ) -> Plan:
   """Compiles the train step of a run for some slices.
+
+  Args:
+    config: The run.
+    slices: The machine.
+    shapes: Of its batches.
+    has_code: Whether to compile to the end. Otherwise only until all memory is
+      laid out, which takes a tenth of the time, or less.
 
   Raises:
     ValueError: The mesh does not divide the devices, the model or the rows, the
@@ -149,20 +152,21 @@ def make_plan(
   mesh = make_mesh(config, slices)
   made, memory = prepare(config, mesh, shapes)
   rows = config.batch.rows_per_microbatch
+
+  def outcome(make_compile):
+    if has_code:
+      return compiler.compiled(make_compile(config, slices, shapes))
+    return compiler.laid_out(make_compile, config, slices, shapes)
+
   started = time.perf_counter()
-  batch = shapes.empty_batch(rows)
-  step, needed = _compile(
-    lambda: program.compile_step(
-      made.train_step, made, made.abstract_state, batch
-    )
-  )
+  found = outcome(_compile_train_step)
   seconds = time.perf_counter() - started
   work = shapes.work(rows)
   reference = made.abstract_reference and config_lib.reference_model(config)
   counted = flops.count(config.model, reference, work)
   plan = Plan(
     fits=False,
-    needed_bytes=needed,
+    needed_bytes=found.hbm_bytes,
     memory=memory,
     slices=slices,
     mesh=dict(mesh.shape),
@@ -174,13 +178,15 @@ def make_plan(
     flops=counted,
     compile_seconds=seconds,
   )
-  if step is None:
+  if found.text is None:
     return plan
-  memory = _compiled_memory(memory, step)
-  scoring = _scoring_bytes(made, batch)
+  memory = _with_outcome(memory, found)
+  scoring = None
+  if made.abstract_scored is not None:
+    scoring = scoring_bytes(made, outcome(_compile_score_step))
   microbatches = work.positions // (rows * shapes.capacity.tokens)
   moved = collectives.read(
-    step.as_text() or "",
+    found.text,
     mesh.size,
     _trip_counts(config, mesh, shapes, microbatches),
     num_slices=slices.num_slices,
@@ -189,7 +195,7 @@ def make_plan(
     slices,
     list(mesh.devices.flat),
     flops=counted.total,
-    hbm_bytes=_least_traffic(config, mesh, step, made, microbatches),
+    hbm_bytes=_least_traffic(config, mesh, memory, made, microbatches),
     moved=moved,
   )
   return dataclasses.replace(
@@ -256,49 +262,33 @@ def bytes_per_device(tree: Any, *, on_host: bool = False) -> int:
   )
 
 
-def needed_bytes(message: str) -> int | None:
-  """What the compiler says a program would take that does not fit."""
-  found = _NEEDED.search(message)
-  if found is None:
-    return None
-  number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-  return int(float(number) * _UNITS[unit])
+def scoring_bytes(made: program.Program, found: compiler.Outcome) -> int:
+  """Of a chip, what scores the reference, beside the policy."""
+  policy = bytes_per_device(made.abstract_state.params)
+  return policy + found.hbm_bytes + (found.code_bytes or 0)
 
 
-def _compile(compiled) -> tuple[jax.stages.Compiled | None, int]:
-  """The result of a function that compiles; or None and what it would need."""
-  try:
-    step = compiled()
-  except jax.errors.JaxRuntimeError as error:
-    needed = needed_bytes(str(error))
-    if needed is None:
-      raise ValueError(
-        f"The TPU compiler failed: {str(error).splitlines()[0]}"
-      ) from error
-    return None, needed
-  return step, 0
+def _compile_train_step(config, slices, shapes) -> compiler.Compile:
+  made, _ = prepare(config, make_mesh(config, slices), shapes)
+  batch = shapes.empty_batch(config.batch.rows_per_microbatch)
+  return lambda options: program.compile_step(
+    made.train_step, made, made.abstract_state, batch, options
+  )
 
 
-def _scoring_bytes(made, batch) -> int | None:
-  if made.abstract_scored is None:
-    return None
-  step, needed = _compile(lambda: program.compile_score_step(made, batch))
-  if step is not None:
-    found: Any = step.memory_analysis()
-    needed = found.argument_size_in_bytes + found.output_size_in_bytes
-    needed += found.temp_size_in_bytes + found.generated_code_size_in_bytes
-  return needed + bytes_per_device(made.abstract_state.params)
+def _compile_score_step(config, slices, shapes) -> compiler.Compile:
+  made, _ = prepare(config, make_mesh(config, slices), shapes)
+  batch = shapes.empty_batch(config.batch.rows_per_microbatch)
+  return lambda options: program.compile_score_step(made, batch, options)
 
 
-def _compiled_memory(memory: Memory, step: jax.stages.Compiled) -> Memory:
-  found: Any = step.memory_analysis()
-  # Results that do not take the place of an argument.
-  results = found.output_size_in_bytes - found.alias_size_in_bytes
+def _with_outcome(memory: Memory, found: compiler.Outcome) -> Memory:
+  arguments = found.argument_bytes or memory.arguments
   return dataclasses.replace(
     memory,
-    padding=found.argument_size_in_bytes - memory.arguments,
-    temporaries=found.temp_size_in_bytes + results,
-    code=found.generated_code_size_in_bytes,
+    padding=arguments - memory.arguments,
+    temporaries=found.hbm_bytes - arguments,
+    code=found.code_bytes,
   )
 
 
@@ -318,10 +308,9 @@ def _trip_counts(config, mesh, shapes, microbatches):
   return count
 
 
-def _least_traffic(config, mesh, step, made, microbatches) -> int:
+def _least_traffic(config, mesh, memory, made, microbatches) -> int:
   """Bytes that a chip reads from and writes to HBM in a step, at the least."""
-  found: Any = step.memory_analysis()
-  once = found.argument_size_in_bytes + found.output_size_in_bytes
+  once = memory.arguments + memory.params + memory.optimizer
   # Layers' weights, gathered and in the activations' type, are read by the
   # forward pass, the backward pass and, unless all is kept, its recomputation.
   passes = 2 if config.model.remat == "none" else 3

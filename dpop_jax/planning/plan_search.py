@@ -1,9 +1,9 @@
 """Plans of a run for all ways to lay it out on some slices, the likely first.
 
-Each compilation takes about a minute, so most layouts are never compiled: those
-whose arguments, gradients and block inputs alone are larger than the memory,
-and those that keep or compute more at once than one that did not fit. The
-others are compiled in the order of an estimate of their time.
+Not all of them are compiled: not those whose arguments, gradients and block
+inputs alone are larger than the memory, nor those that keep or compute more at
+once than one that did not fit. The others are, in the order of an estimate of
+their time, until their memory is laid out; code is made of none.
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ def search(
     ):
       continue
     yield layout, None
-    found = plan.make_plan(layout.config, slices, shapes)
+    found = plan.make_plan(layout.config, slices, shapes, has_code=False)
     num_compiles += 1
     if not found.fits:
       too_large.append(layout)

@@ -45,6 +45,7 @@ def to_dict(plan: plan_lib.Plan) -> dict[str, Any]:
       "total": plan.flops.total,
     },
     "sent_bytes_per_chip": totals,
+    "sent_bytes_to_other_slices_per_chip": bound and bound.dcn_bytes,
     "collectives": [
       {
         "kind": moved.kind,
@@ -155,7 +156,7 @@ def _memory(memory, capacity) -> list[str]:
     ("program", memory.code),
   ):
     if value is None:
-      lines.append(f"  {name:<20} not known: the compiler gave up")
+      lines.append(f"  {name:<20} not known: it was not compiled to the end")
     else:
       share = value / capacity
       lines.append(f"  {name:<20} {value / 1e9:>8.3f} {share:>6.1%}")
@@ -206,13 +207,16 @@ def _moved(plan) -> list[str]:
 
 
 def _bound(plan) -> list[str]:
-  bound = plan.bound
+  bound, lines = plan.bound, []
   parts = [f"compute {bound.compute:.3f}", f"HBM {bound.hbm:.3f}"]
   parts.append(f"links {bound.ici:.3f}")
   if plan.slices.num_slices > 1:
     dcn = "not published" if bound.dcn is None else f"{bound.dcn:.3f}"
     parts.append(f"between slices {dcn}")
+    sent = f"{bound.dcn_bytes / 1e9:.3f} GB"
+    lines += [f"Each chip sends {sent} of that to other slices.", ""]
   return [
+    *lines,
     f"A step takes at least {bound.seconds:.3f} s, "
     f"{bound.seconds / plan.batch_size:.4f} s a pair, if all of this overlaps "
     "and runs at",

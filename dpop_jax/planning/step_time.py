@@ -21,12 +21,14 @@ class LowerBound:
       weights read in each pass.
     ici: The busiest direction of the links between chips.
     dcn: The network between slices; None where its rate is not published.
+    dcn_bytes: That a chip sends to other slices.
   """
 
   compute: float
   hbm: float
   ici: float
   dcn: float | None
+  dcn_bytes: float = 0.0
 
   @property
   def seconds(self) -> float:
@@ -36,8 +38,8 @@ class LowerBound:
   @property
   def limit(self) -> str:
     """Which of them it is."""
-    parts = dataclasses.asdict(self)
-    return max(parts, key=lambda name: parts[name] or 0.0)
+    parts = ("compute", "hbm", "ici", "dcn")
+    return max(parts, key=lambda name: getattr(self, name) or 0.0)
 
 
 def lower_bound(
@@ -84,6 +86,7 @@ def lower_bound(
     hbm=hbm_bytes / chip.hbm_bandwidth,
     ici=max(busy),
     dcn=dcn,
+    dcn_bytes=between_slices,
   )
 
 
