@@ -209,7 +209,9 @@ class _Head:
     if not self.has_overlap:
       return values
     rows = self.tile_start(tile) + jnp.arange(self.tile_size)
-    return jnp.where((rows >= tile * self.tile_size)[:, None], values, otherwise)
+    return jnp.where(
+      (rows >= tile * self.tile_size)[:, None], values, otherwise
+    )
 
   def chunk(self, chunk, *arrays):
     """A chunk's part of arrays [..., padded scores]."""
