@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import re
 
+import attention_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,57 +14,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpop_jax import sharding
-from dpop_jax.models import attention, attention_blocks
+from dpop_jax.models import attention, attention_blocks, attention_kernel
 from dpop_jax.planning import chips
 
-ROWS, HEADS, KV_HEADS, WIDTH = 8, 4, 2, 8
 SCALE, SOFTCAP = 0.4, 1.5
-
-
-def random_trees(seed, length):
-  """visible_until and positions of rows of trees with forks, then padding."""
-  generator = np.random.default_rng(seed)
-  until = np.tile(np.arange(length, dtype=np.int32), (ROWS, 1))
-  positions = np.zeros((ROWS, length), np.int32)
-  # The last row is padding alone, as are most blocks of the one before.
-  ends = [*generator.integers(length // 2, length + 1, ROWS - 2), 3, 0]
-  for row, end in enumerate(ends):
-    depths = positions[row]
-    for token in range(1, end):
-      # Deeper by one, or back to some ancestor, or, from depth 0, a new tree.
-      deepest = depths[token - 1] + 1
-      is_fork = generator.random() < 0.12
-      depths[token] = generator.integers(deepest) if is_fork else deepest
-    for token in range(end):
-      outside = np.flatnonzero(depths[token + 1 : end] <= depths[token])
-      until[row, token] = token + 1 + outside[0] if len(outside) else end
-  return jnp.asarray(until), jnp.asarray(positions)
-
-
-def inputs(length, heads=HEADS, kv_heads=KV_HEADS, width=WIDTH, rows=ROWS):
-  """Queries, keys, values and weights of the outputs."""
-  keys = jax.random.split(jax.random.key(0), 4)
-  sizes = heads, kv_heads, kv_heads, heads
-  return [
-    jax.random.normal(key, (rows, length, size, width))
-    for key, size in zip(keys, sizes, strict=True)
-  ]
-
-
-def with_gradients(attend):
-  """Maps queries, keys, values, weights, ... to output and gradients."""
-
-  def run(query, key, value, weights, *others):
-    def total(*qkv):
-      out = attend(*qkv, *others)
-      return (out * weights).astype(jnp.float32).sum(), out
-
-    gradients, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(
-      query, key, value
-    )
-    return out, *gradients
-
-  return jax.jit(run)
 
 
 @pytest.fixture
@@ -72,9 +26,10 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(attention_blocks, "MAX_BLOCK_SIZE", 16)
 
 
-def kernel(_, kernel, scoring):
+def kernel(direction, scoring):
   """Takes the kernel on any platform."""
-  return functools.partial(kernel, scoring=scoring, interpret=True)
+  run = getattr(attention_kernel, direction)
+  return functools.partial(run, scoring=scoring, interpret=True)
 
 
 @pytest.fixture
@@ -100,12 +55,15 @@ def test_the_kernel_equals_other_ways(
     mask = attention.forest_mask(*tree, window)
     return attention.masked_attention(query, key, value, mask, **scoring)
 
-  arrays = *inputs(length), *random_trees(0, length)
-  plain = with_gradients(forest)(*arrays)
-  dense = with_gradients(dense)(*arrays)
+  arrays = (
+    *attention_inputs.inputs(length),
+    *attention_inputs.random_trees(0, length),
+  )
+  plain = attention_inputs.with_gradients(forest)(*arrays)
+  dense = attention_inputs.with_gradients(dense)(*arrays)
   monkeypatch.setattr(attention, "_by_platform", kernel)
   for got, *wanted in zip(
-    with_gradients(forest)(*arrays), plain, dense, strict=True
+    attention_inputs.with_gradients(forest)(*arrays), plain, dense, strict=True
   ):
     for want in wanted:
       np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -116,17 +74,17 @@ def test_the_kernel_equals_other_ways(
 def test_the_kernel_in_bfloat16_is_as_exact_as_the_whole_mask(
   in_the_interpreter,
 ):
-  until, positions = random_trees(0, 48)
+  until, positions = attention_inputs.random_trees(0, 48)
   mask = attention.forest_mask(until, positions)
-  dense = with_gradients(
+  dense = attention_inputs.with_gradients(
     lambda *qkv: attention.masked_attention(*qkv, mask, scale=SCALE)
   )
   visibility = attention_blocks.visibility(until)
-  forest = with_gradients(
+  forest = attention_inputs.with_gradients(
     lambda *qkv: attention.forest_attention(*qkv, visibility, scale=SCALE)
   )
-  exact = dense(*inputs(48))
-  half = [x.astype(jnp.bfloat16) for x in inputs(48)]
+  exact = dense(*attention_inputs.inputs(48))
+  half = [x.astype(jnp.bfloat16) for x in attention_inputs.inputs(48)]
   for got, whole, want in zip(forest(*half), dense(*half), exact, strict=True):
     assert got.dtype == whole.dtype == jnp.bfloat16
     error = lambda x, want=want: float(
@@ -140,7 +98,7 @@ def test_a_mesh_changes_nothing(shape, in_the_interpreter):
   mesh = sharding.make_mesh(
     sharding.MeshConfig(**dict(zip(sharding.MESH_AXES, shape, strict=True)))
   )
-  until, positions = random_trees(0, 48)
+  until, positions = attention_inputs.random_trees(0, 48)
 
   def attend(query, key, value, until, positions):
     visibility = attention_blocks.visibility(until, positions, jnp.int32(9))
@@ -148,10 +106,10 @@ def test_a_mesh_changes_nothing(shape, in_the_interpreter):
       query, key, value, visibility, scale=SCALE
     )
 
-  arrays = *inputs(48), until, positions
-  want = with_gradients(attend)(*arrays)
+  arrays = *attention_inputs.inputs(48), until, positions
+  want = attention_inputs.with_gradients(attend)(*arrays)
   with jax.set_mesh(mesh):
-    got = with_gradients(attend)(*arrays)
+    got = attention_inputs.with_gradients(attend)(*arrays)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
@@ -162,7 +120,9 @@ def test_the_kernel_equals_splash_attention_with_the_mask_in_memory(
   length, heads, kv_heads, width = 256, 4, 2, 128
   # There, padding has no answer: let it see itself.
   index = jnp.arange(length, dtype=jnp.int32)[None]
-  until = jnp.maximum(random_trees(3, length)[0][:1], index + 1)
+  until = jnp.maximum(
+    attention_inputs.random_trees(3, length)[0][:1], index + 1
+  )
   mask = attention.forest_mask(until)
   make_kernel = functools.partial(
     splash_attention.make_splash_mha,
@@ -187,8 +147,11 @@ def test_the_kernel_equals_splash_attention_with_the_mask_in_memory(
       query, key, value, visibility, scale=SCALE
     )
 
-  arrays = inputs(length, heads, kv_heads, width, rows=1)
-  got, want = with_gradients(ours)(*arrays), with_gradients(splash)(*arrays)
+  arrays = attention_inputs.inputs(length, heads, kv_heads, width, rows=1)
+  got, want = (
+    attention_inputs.with_gradients(ours)(*arrays),
+    attention_inputs.with_gradients(splash)(*arrays),
+  )
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -211,8 +174,8 @@ def test_blocks_that_no_token_needs_are_not_read(in_the_interpreter):
   assert pairs(visibility.by_query) == first_row | second_row
   assert pairs(visibility.by_key) == first_row | second_row
   # A value that is read spoils the results, even with a weight of zero.
-  query, key, value, weights = inputs(96, rows=2)
-  attend = with_gradients(
+  query, key, value, weights = attention_inputs.inputs(96, rows=2)
+  attend = attention_inputs.with_gradients(
     lambda *qkv: attention.forest_attention(*qkv, visibility, scale=SCALE)
   )
   clean = attend(query, key, value, weights)
@@ -249,7 +212,7 @@ def test_block_sizes_of_the_kernel(length, size):
 
 @pytest.mark.parametrize("window", [None, 9])
 def test_the_platform_is_that_of_the_compilation(window):
-  until, positions = random_trees(0, 128)
+  until, positions = attention_inputs.random_trees(0, 128)
 
   def attend(query, key, value):
     limit = None if window is None else jnp.int32(window)
@@ -258,7 +221,11 @@ def test_the_platform_is_that_of_the_compilation(window):
       query, key, value, visibility, scale=SCALE
     )
 
-  lower = with_gradients(attend).trace(*inputs(128)).lower
+  lower = (
+    attention_inputs.with_gradients(attend)
+    .trace(*attention_inputs.inputs(128))
+    .lower
+  )
   assert "tpu_custom_call" not in lower(lowering_platforms=("cpu",)).as_text()
   text = lower(lowering_platforms=("tpu",)).as_text()
   assert text.count("tpu_custom_call") == 3
@@ -304,7 +271,9 @@ def test_the_tpu_compiler_takes_it(topology):
   ]
   tree = [abstract((rows, length), jnp.int32, "fsdp")] * 2
   with jax.set_mesh(mesh):
-    compiled = with_gradients(attend).lower(*arrays, *tree).compile()
+    compiled = (
+      attention_inputs.with_gradients(attend).lower(*arrays, *tree).compile()
+    )
   text = compiled.as_text()
   calls = re.findall(r"%(\w+_kernel)[.\d]* = .*tpu_custom_call", text)
   assert sorted(calls) == [

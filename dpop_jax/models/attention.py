@@ -14,7 +14,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from dpop_jax import sharding
-from dpop_jax.models import attention_blocks, attention_kernel, attention_xla
+from dpop_jax.models import (
+  attention_blocks,
+  attention_gpu,
+  attention_kernel,
+  attention_xla,
+)
 from dpop_jax.models.attention_blocks import Visibility
 from dpop_jax.models.attention_scores import MASKED, Scoring
 
@@ -89,7 +94,7 @@ def forest_attention(
   Softmax is accumulated block by block in float32 and recomputed in the
   backward pass. Blocks in which no query sees a key are not computed. Rows are
   split over the mesh's data and fsdp axes and heads over its tensor axis, with
-  no communication. On a TPU it is a kernel, elsewhere plain XLA.
+  no communication. On TPUs and NVIDIA GPUs it is a kernel, elsewhere plain XLA.
 
   Args:
     query: One for each token and head.
@@ -110,7 +115,7 @@ def _attention(query, key, value, visibility, scoring):
 
 def _forward(query, key, value, visibility, scoring):
   run = sharding.per_device(
-    _by_platform(attention_xla.forward, attention_kernel.forward, scoring),
+    _by_platform("forward", scoring),
     in_specs=(_HEADS, _HEADS, _HEADS, attention_blocks.SPLIT),
     out_specs=(_HEADS, _NORMALIZERS),
   )
@@ -122,7 +127,7 @@ def _forward(query, key, value, visibility, scoring):
 def _backward(scoring, residuals, out_gradient):
   specs = (*(_HEADS,) * 3, attention_blocks.SPLIT, _HEADS, _NORMALIZERS, _HEADS)
   run = sharding.per_device(
-    _by_platform(attention_xla.backward, attention_kernel.backward, scoring),
+    _by_platform("backward", scoring),
     in_specs=specs,
     out_specs=(_HEADS, _HEADS, _HEADS),
   )
@@ -132,10 +137,14 @@ def _backward(scoring, residuals, out_gradient):
 _attention.defvjp(_forward, _backward)
 
 
-def _by_platform(plain, kernel, scoring):
+def _by_platform(direction, scoring):
   """Decides where it is compiled for, which need not be where it is traced."""
+  way = lambda module: functools.partial(
+    getattr(module, direction), scoring=scoring
+  )
   return functools.partial(
     jax.lax.platform_dependent,
-    tpu=functools.partial(kernel, scoring=scoring),
-    default=functools.partial(plain, scoring=scoring),
+    tpu=way(attention_kernel),
+    cuda=way(attention_gpu),
+    default=way(attention_xla),
   )

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Int
 
 from dpop_jax import sharding
 
-# Without a kernel; of a kernel, the largest comes first.
+# Without a kernel; of the TPU's kernel, the largest first; and of the GPU's.
 MAX_BLOCK_SIZE = 128
 KERNEL_BLOCK_SIZES = (512, 256, 128)
+GPU_BLOCK_SIZE = 128
 
 
 class Blocks(NamedTuple):
@@ -31,6 +32,20 @@ class Blocks(NamedTuple):
   count: jax.Array
 
 
+class Runs(NamedTuple):
+  """For each block of one kind, the blocks of the other kind that it needs.
+
+  Blocks of all rows of a device count through, as in `Blocks`.
+
+  Attributes:
+    starts: int32 [blocks + 1]; block `i` needs `others[starts[i]:starts[i+1]]`.
+    others: int32 [all pairs + 1].
+  """
+
+  starts: jax.Array
+  others: jax.Array
+
+
 class Visibility(NamedTuple):
   """What decides which keys a query sees; made once for many layers.
 
@@ -43,8 +58,11 @@ class Visibility(NamedTuple):
       without a window.
     window: int32 []; None for none.
     plain: Pairs of blocks of `block_size`, for where there is no kernel.
-    by_query: Those of `kernel_block_size`, all keys of a query block together.
+    by_query: Those of `kernel_block_size`, for a TPU, all keys of a query block
+      together.
     by_key: The same pairs, all queries of a key block together.
+    gpu_by_query: Key blocks of each query block, of GPU_BLOCK_SIZE tokens.
+    gpu_by_key: Query blocks of each key block.
   """
 
   until: jax.Array
@@ -53,12 +71,15 @@ class Visibility(NamedTuple):
   plain: Blocks
   by_query: Blocks
   by_key: Blocks
+  gpu_by_query: Runs
+  gpu_by_key: Runs
 
 
 # How a Visibility is split over the mesh.
 _ROWS = P(sharding.ROW_AXES)
 _BLOCKS = Blocks(_ROWS, _ROWS, _ROWS)
-SPLIT = Visibility(_ROWS, _ROWS, P(), _BLOCKS, _BLOCKS, _BLOCKS)
+_RUNS = Runs(_ROWS, _ROWS)
+SPLIT = Visibility(_ROWS, _ROWS, P(), _BLOCKS, _BLOCKS, _BLOCKS, _RUNS, _RUNS)
 
 
 def block_size(length: int) -> int:
@@ -123,16 +144,27 @@ def check_window(positions, window) -> None:
 
 
 def _all_blocks(visible_until, positions, window):
-  """`plain`, `by_query` and `by_key` of one device's rows."""
+  """From `plain` on, what a `Visibility` has, of one device's rows."""
   length = visible_until.shape[1]
-  size = kernel_block_size(length)
   arrays = visible_until, positions, window
-  is_needed = needed_blocks(*padded(arrays, -length % size), size=size)
+
+  def needed(padding, size):
+    return needed_blocks(*padded(arrays, padding), size=size)
+
+  padded_length = length + padding(length)
+  plain = needed(padding(length), block_size(padded_length))
+  size = kernel_block_size(length)
+  is_needed = needed(-length % size, size)
   transposed = listed(is_needed.swapaxes(1, 2))
   by_key = Blocks(transposed.keys, transposed.queries, transposed.count)
-  arrays = padded(arrays, padding(length))
-  plain = needed_blocks(*arrays, size=block_size(arrays[0].shape[1]))
-  return listed(plain), listed(is_needed), by_key
+  on_gpu = needed(-length % GPU_BLOCK_SIZE, GPU_BLOCK_SIZE)
+  return (
+    listed(plain),
+    listed(is_needed),
+    by_key,
+    runs(on_gpu),
+    runs(on_gpu.swapaxes(1, 2)),
+  )
 
 
 def padded(arrays, padding: int):
@@ -202,4 +234,14 @@ def listed(is_needed: Bool[Array, "rows blocks blocks"]) -> Blocks:
     queries=row * count + query,
     keys=row * count + key,
     count=is_needed.sum()[None],
+  )
+
+
+def runs(is_needed: Bool[Array, "rows blocks others"]) -> Runs:
+  """The same pairs as each block's list of others."""
+  counts = is_needed.sum(axis=2, dtype=jnp.int32).reshape(-1)
+  starts = jnp.cumsum(counts, dtype=jnp.int32)
+  return Runs(
+    starts=jnp.concatenate([jnp.zeros(1, jnp.int32), starts]),
+    others=listed(is_needed).keys,
   )

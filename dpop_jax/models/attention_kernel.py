@@ -23,10 +23,7 @@ from jaxtyping import Array, Float
 
 from dpop_jax.models import attention_grid
 from dpop_jax.models.attention_blocks import Visibility
-from dpop_jax.models.attention_scores import MASKED, Scoring
-
-# Maxima start here, so that exp(MASKED - maximum) is 0 from the first block on.
-_LOWEST = MASKED / 10
+from dpop_jax.models.attention_scores import LOWEST, MASKED, Scoring, dot
 
 
 def forward(
@@ -128,16 +125,6 @@ def backward(
   return tuple(map(grid.unflat, (query_gradient, key_gradient, value_gradient)))
 
 
-def _dot(a, b, axis_of_a, axis_of_b):
-  """Products of two blocks over an axis of each, in float32."""
-  return jax.lax.dot_general(
-    a,
-    b,
-    (((axis_of_a,), (axis_of_b,)), ((), ())),
-    preferred_element_type=jnp.float32,
-  )
-
-
 def _ends(blocks, step, num_steps):
   """Whether a step is the first, and the last, of those of its block."""
   block = blocks[step]
@@ -165,11 +152,11 @@ def _forward_kernel(
 
   @pl.when(is_first)
   def _():
-    maxima[...] = jnp.full_like(maxima, _LOWEST)
+    maxima[...] = jnp.full_like(maxima, LOWEST)
     sums[...] = jnp.zeros_like(sums)
     mixed[...] = jnp.zeros_like(mixed)
 
-  scores = scoring.scores(_dot(key[...], query[...], 1, 1))
+  scores = scoring.scores(dot(key[...], query[...], 1, 1))
   scores = jnp.where(pair.mask(step), scores, MASKED)
   old = maxima[...]
   new = jnp.maximum(old, scores.max(axis=0, keepdims=True))
@@ -177,7 +164,7 @@ def _forward_kernel(
   rescale = jnp.exp(old - new)
   maxima[...] = new
   sums[...] = sums[...] * rescale + weights.sum(axis=0, keepdims=True)
-  update = _dot(value[...], weights.astype(value.dtype), 0, 0)
+  update = dot(value[...], weights.astype(value.dtype), 0, 0)
   mixed[...] = mixed[...] * rescale + update
 
   @pl.when(is_last)
@@ -200,10 +187,10 @@ class _Inputs(NamedTuple):
 
   def weights(self, mask, scoring):
     """Weights, and the gradient of products, in the inputs' dtype."""
-    scores = scoring.scores(_dot(self.key[...], self.query[...], 1, 1))
+    scores = scoring.scores(dot(self.key[...], self.query[...], 1, 1))
     masked = jnp.where(mask, scores, MASKED)
     weights = jnp.exp(masked - self.log_normalizers[...])
-    weight_gradient = _dot(self.value[...], self.out_gradient[...], 1, 1)
+    weight_gradient = dot(self.value[...], self.out_gradient[...], 1, 1)
     score_gradient = weights * (weight_gradient - self.deltas[...])
     product_gradient = scoring.product_gradient(score_gradient, scores)
     dtype = self.out_gradient.dtype
@@ -220,7 +207,7 @@ def _query_gradient_kernel(pair, *refs, scoring):
     total[...] = jnp.zeros_like(total)
 
   _, product_gradient = inputs.weights(pair.mask(step), scoring)
-  total[...] += _dot(inputs.key[...], product_gradient, 0, 0)
+  total[...] += dot(inputs.key[...], product_gradient, 0, 0)
 
   @pl.when(is_last)
   def _():
@@ -239,8 +226,8 @@ def _key_gradient_kernel(pair, *refs, scoring):
 
   weights, product_gradient = inputs.weights(pair.mask(step), scoring)
   key_total, value_total = totals
-  key_total[...] += _dot(product_gradient, inputs.query[...], 1, 0)
-  value_total[...] += _dot(weights, inputs.out_gradient[...], 1, 0)
+  key_total[...] += dot(product_gradient, inputs.query[...], 1, 0)
+  value_total[...] += dot(weights, inputs.out_gradient[...], 1, 0)
 
   @pl.when(is_last & (group == pl.num_programs(2) - 1))
   def _():

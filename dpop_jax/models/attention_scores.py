@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 # Stands for minus infinity: finite, so that differences of two are not nan.
 MASKED = -1e30
+# Where a kernel's maxima start, so that exp(MASKED - maximum) is 0 from the
+# first block on.
+LOWEST = MASKED / 10
 
 
 class Scoring(NamedTuple):
@@ -35,3 +38,15 @@ class Scoring(NamedTuple):
       slope = 1.0 - jnp.square(scores / self.softcap)
       score_gradient = score_gradient * slope
     return score_gradient * self.scale
+
+
+def dot(
+  a: jax.Array, b: jax.Array, axis_of_a: int, axis_of_b: int
+) -> jax.Array:
+  """Products of two blocks over an axis of each, in float32."""
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((axis_of_a,), (axis_of_b,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
