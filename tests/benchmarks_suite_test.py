@@ -306,6 +306,19 @@ def test_meter_leaves_out_the_update_that_warms_up(meter, tmp_path):
   assert report["peak_bytes"] > 10 * MIB
 
 
+def test_meter_leaves_out_as_many_updates_as_it_is_told(meter, tmp_path):
+  meter.order["warm_up_updates"] = 2
+  assert meter.num_updates == 3
+  for mark in ((5.0, 3.0, 0.0), (9.0, 7.0, 0.0), (10.0, 7.5, 0.0)):
+    meter._marks.append(mark)
+  meter.write(versions={}, settings={}, extra=4)
+  report = json.loads((tmp_path / "report.json").read_text())
+  assert report["wall_seconds_per_pair"] == 1.0
+  assert report["cpu_seconds_per_pair"] == 0.5
+  assert report["seconds_to_first_step"] == 5.0
+  assert report["extra"] == 4
+
+
 def test_meter_refuses_a_report_of_too_few_updates(meter):
   meter.tick()
   meter.end_update()

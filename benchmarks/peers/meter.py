@@ -59,8 +59,12 @@ class Meter:
 
   @property
   def num_updates(self) -> int:
-    """The one that warms up included."""
-    return self.order["updates"] + 1
+    """Those that warm up included."""
+    return self.order["updates"] + self._warm_up_updates
+
+  @property
+  def _warm_up_updates(self) -> int:
+    return self.order.get("warm_up_updates", 1)
 
   def count_answer_tokens(self, count: int) -> None:
     """Adds tokens that the library was seen to score."""
@@ -79,33 +83,37 @@ class Meter:
     """Whether all updates have been computed."""
     return len(self._marks) >= self.num_updates
 
-  def write(self, *, versions: dict[str, str], settings: dict) -> None:
+  def write(
+    self, *, versions: dict[str, str], settings: dict, **figures
+  ) -> None:
     """Writes the report, to where the order says.
 
     Args:
       versions: Of what matters.
       settings: What the library was set to, in its own names.
+      **figures: That the library gives beside the meter's.
     """
     if len(self._marks) != self.num_updates:
       raise ValueError(
         f"Expected {self.num_updates} updates, but {len(self._marks)} were "
         "made."
       )
-    first_wall, first_cpu, first_kernel = self._marks[0]
+    first_wall, first_cpu, first_kernel = self._marks[self._warm_up_updates - 1]
     last_wall, last_cpu, last_kernel = self._marks[-1]
     num_pairs = self.order["pairs"] * self.order["updates"]
     report = {
       "cpu_seconds_per_pair": (last_cpu - first_cpu) / num_pairs,
       "kernel_seconds_per_pair": (last_kernel - first_kernel) / num_pairs,
       "wall_seconds_per_pair": (last_wall - first_wall) / num_pairs,
-      "seconds_to_first_step": first_wall - self.order["started"],
-      "cpu_seconds_to_first_step": first_cpu,
+      "seconds_to_first_step": self._marks[0][0] - self.order["started"],
+      "cpu_seconds_to_first_step": self._marks[0][1],
       "peak_bytes": peak_bytes(),
       "losses": self._losses,
       "answer_tokens": self._answer_tokens,
       "load_average": os.getloadavg()[0],
       "versions": versions | {"python": sys.version.split()[0]},
       "settings": settings,
+      **figures,
     }
     path = pathlib.Path(self.order["report_file"])
     path.write_text(json.dumps(report, indent=2))

@@ -55,13 +55,13 @@ def main() -> None:
     dict(prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
     for prompt, chosen, rejected in meter.pairs
   ]
-  trainer = _Trainer(
+  trainer = PairTrainer(
     model=policy,
     ref_model=reference,
     args=arguments,
     train_dataset=Dataset.from_list(rows),
-    processing_class=_tokenizer(),
-    callbacks=[_Watch(meter)],
+    processing_class=tokenizer(),
+    callbacks=[Watch(meter)],
   )
   trainer.meter = meter
   trainer.train()
@@ -75,7 +75,7 @@ def main() -> None:
   )
 
 
-class _Trainer(trl.DPOTrainer):
+class PairTrainer(trl.DPOTrainer):
   """Takes token ids as they are, in their order."""
 
   def _prepare_dataset(self, dataset, *_, **__):
@@ -89,13 +89,14 @@ class _Trainer(trl.DPOTrainer):
     return super().training_step(model, inputs, *args, **kwargs)
 
 
-class _Watch(transformers.TrainerCallback):
-  """Tells the meter what happens."""
+class Watch(transformers.TrainerCallback):
+  """Tells the meter what happens, once the device has done it."""
 
-  def __init__(self, meter):
-    self._meter = meter
+  def __init__(self, meter, wait=lambda: None):
+    self._meter, self._wait = meter, wait
 
   def on_step_end(self, *_, **__):
+    self._wait()
     self._meter.end_update()
 
   def on_log(self, args, state, control, logs=None, **__):
@@ -103,7 +104,7 @@ class _Watch(transformers.TrainerCallback):
       self._meter.add_loss(logs["loss"])
 
 
-def _tokenizer():
+def tokenizer():
   """One that is never asked: everything comes as ids."""
   words = {"<eos>": 0, "<pad>": 1}
   return transformers.PreTrainedTokenizerFast(

@@ -14,8 +14,21 @@ REQUIREMENTS = {
   # Without pillow and torch, a model of EasyDeL's cannot be imported.
   "easydel": ("easydel==0.3.0", "pillow==13.0.0", "torch==2.13.0"),
 }
+# Of benchmarks/gpu.py. The torch has to be one for GPUs; transformers is the
+# last one that takes a version of `kernels` that there is.
+GPU_REQUIREMENTS = {
+  "trl_gpu": (
+    *("trl==1.16.0", "transformers==5.22.2", "torch==2.13.0"),
+    *("liger-kernel==0.8.5", "kernels==0.17.2"),
+  ),
+}
 _STAMP = "requirements.txt"
-_IMPORTS = {"trl": "trl", "tunix": "tunix", "easydel": "easydel"}
+_IMPORTS = {
+  "trl": "trl",
+  "trl_gpu": "trl, kernels, liger_kernel, torch; torch.zeros(1).cuda()",
+  "tunix": "tunix",
+  "easydel": "easydel",
+}
 
 
 def python_of(
@@ -25,7 +38,7 @@ def python_of(
 
   Args:
     library: "ours", which is the interpreter that runs this, or a key of
-      REQUIREMENTS.
+      REQUIREMENTS or GPU_REQUIREMENTS.
     folder: Where environments are kept; one made from other requirements is
       made again.
     pip_options: For `pip install`.
@@ -37,7 +50,8 @@ def python_of(
     return sys.executable
   environment = folder / library
   python = environment / "bin" / "python"
-  wanted = "\n".join(REQUIREMENTS[library]) + "\n"
+  requirements = (REQUIREMENTS | GPU_REQUIREMENTS)[library]
+  wanted = "\n".join(requirements) + "\n"
   stamp = environment / _STAMP
   if stamp.exists() and stamp.read_text() == wanted:
     return str(python)
@@ -48,7 +62,7 @@ def python_of(
       str(python),
       *("-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
       *pip_options,
-      *REQUIREMENTS[library],
+      *requirements,
     ],
     [str(python), "-c", f"import {_IMPORTS[library]}"],
   ):

@@ -111,28 +111,54 @@ def run(
     report_file=str(report_file),
     started=time.time(),
   )
+  with _on_cores(num_cores):
+    return execute(
+      order,
+      python=python,
+      script=f"train_{library}.py",
+      environment=_environment(library),
+    )
+
+
+def execute(
+  order: Any, *, python: str, script: str, environment: dict[str, str]
+) -> dict[str, Any]:
+  """Starts a process that is told an order, and returns its report.
+
+  Args:
+    order: A dataclass; has at least `folder` and `report_file`, in whose folder
+      the order and the log are kept.
+    python: Runs the script.
+    script: Of the folder `peers`.
+    environment: Its variables.
+
+  Returns:
+    As `run` does.
+  """
+  report_file = pathlib.Path(order.report_file)
+  folder = report_file.parent
   kept = _kept(folder, order)
   if kept is not None:
     return kept
   shutil.rmtree(folder, ignore_errors=True)
-  (folder / "scratch").mkdir(parents=True)
+  pathlib.Path(order.folder).mkdir(parents=True)
   order_file = folder / "order.json"
   order_file.write_text(json.dumps(dataclasses.asdict(order), indent=2))
-  command = [python, str(_PEERS / f"train_{library}.py"), str(order_file)]
+  command = [python, str(_PEERS / script), str(order_file)]
   log_file = folder / "log.txt"
-  with log_file.open("w") as log, _on_cores(num_cores):
+  with log_file.open("w") as log:
     try:
       status = subprocess.run(
         command,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=_environment(library),
+        env=environment,
         cwd=folder,
         timeout=_LIMIT_SECONDS,
       ).returncode
     except subprocess.TimeoutExpired:
       status = f"after {_LIMIT_SECONDS} seconds"
-  shutil.rmtree(folder / "scratch")
+  shutil.rmtree(order.folder)
   if status == 0 and report_file.exists():
     return json.loads(report_file.read_text())
   tail = log_file.read_text(errors="replace").strip().splitlines()
@@ -167,17 +193,19 @@ def _kept(folder, order):
 
 
 def _environment(library):
-  """Ours is found without being installed; nobody asks a network."""
-  environment = dict(os.environ)
-  environment |= {
-    "JAX_PLATFORMS": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "WANDB_MODE": "disabled",
-    "TOKENIZERS_PARALLELISM": "false",
-  }
-  environment.pop("PYTHONPATH", None)
+  """Nobody asks a network."""
+  environment = variables(is_ours=library == "ours")
+  environment |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
   if library == "trl":
     environment |= _KEEPING_MEMORY
-  if library == "ours":
+  return environment
+
+
+def variables(*, is_ours: bool) -> dict[str, str]:
+  """What every library's process has; ours is found without being installed."""
+  environment = dict(os.environ)
+  environment |= {"WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+  environment.pop("PYTHONPATH", None)
+  if is_ours:
     environment["PYTHONPATH"] = str(_PEERS.parent.parent)
   return environment

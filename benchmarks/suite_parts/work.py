@@ -144,7 +144,12 @@ WORK = {
 
 
 def make(
-  name: str, folder: pathlib.Path, *, data: pathlib.Path, tokenizer: str
+  name: str,
+  folder: pathlib.Path,
+  *,
+  data: pathlib.Path,
+  tokenizer: str,
+  work: Work | None = None,
 ) -> pathlib.Path:
   """Writes the pairs of a kind of work, unless these are there.
 
@@ -154,12 +159,13 @@ def make(
     data: Folder with gsm8k/train.jsonl, arc/ARC-Challenge-train.jsonl and
       prefs/llamafactory_dpo_en_demo.json.
     tokenizer: As `DataConfig.tokenizer`.
+    work: Takes the place of WORK[name], of the same texts.
 
   Raises:
     FileNotFoundError: A file of the data is missing.
     ValueError: There are too few pairs that fit a row.
   """
-  path, work = folder / f"{name}.npz", WORK[name]
+  path, work = folder / f"{name}.npz", work or WORK[name]
   source = json.dumps(dataclasses.asdict(work) | {"tokenizer": tokenizer})
   if path.exists():
     with np.load(path) as file:
