@@ -11,9 +11,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/setup.stamp
 PARITY_STAMP := $(VENV)/parity.stamp
 TPU_STAMP := $(VENV)/tpu.stamp
+GPU_COMPILER := $(VENV)/gpu_compiler
+GPU_STAMP := $(GPU_COMPILER)/gpu.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-parity test-tpu lint format
+.PHONY: help setup demo test test-parity test-tpu test-gpu lint format
 
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -23,15 +25,18 @@ setup: $(STAMP) ## Make .venv with the package and the pinned tools.
 demo: $(STAMP) ## Train the demo on a CPU; WORKDIR=... says where to.
 	$(BIN)/python -m dpop_jax.cli.demo --workdir=$(WORKDIR)
 
-# Where the TPU compiler has been installed, without the minutes that it takes.
+# Where compilers have been installed, without the minutes that they take.
 test: $(STAMP) ## Run the tests; TEST_ARGS="-k losses" picks some.
-	$(BIN)/python -m pytest -m "not tpu" $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not tpu and not gpu" $(TEST_ARGS)
 
 test-parity: $(PARITY_STAMP) ## Compare with transformers' models in PyTorch.
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest tests/parity $(TEST_ARGS)
 
 test-tpu: $(TPU_STAMP) ## Compile steps, large ones too, with the TPU compiler.
 	$(BIN)/python -m pytest -m tpu $(TEST_ARGS)
+
+test-gpu: $(GPU_STAMP) ## Compile kernels and steps with the GPU compiler.
+	DPOP_GPU_COMPILER=$(GPU_COMPILER) $(BIN)/python -m pytest -m gpu $(TEST_ARGS)
 
 lint: $(STAMP) ## Check format, style, types, import layers and scripts.
 	$(BIN)/ruff format --check .
@@ -59,6 +64,14 @@ $(STAMP): setup.py constraints.txt dpop_jax/__init__.py
 $(TPU_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable '.[tpu]'
+	@touch $@
+
+# In a folder that only its tests look into: JAX would look for a GPU each time
+# that it starts.
+$(GPU_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --no-deps --target $(GPU_COMPILER) \
+	  --upgrade jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 	@touch $@
 
 $(PARITY_STAMP): $(STAMP)

@@ -197,6 +197,7 @@ def test_wider_heads_get_smaller_blocks():
   ]
   assert forward(64, "bfloat16") == attention_gpu.SIZES[128][0]
   assert forward(128, "bfloat16") == attention_gpu.SIZES[256][0]
+  assert forward(256, "bfloat16") == attention_gpu.SIZES[512][0]
   # Twice the bytes, and twice the registers.
   assert forward(64, "float32") == attention_gpu.SIZES[512][0]
   assert forward(2048, "float32") == attention_gpu.SIZES[2048][0]
