@@ -20,9 +20,8 @@ from jaxtyping import Array, Float, Int
 from dpop_jax import pairs as pairs_lib
 from dpop_jax import sharding
 
-# As many positions as a hidden state is wide, within these bounds: for each of
-# them the gradient of a tile of weights is read and written once.
-CHUNK_SIZES = (256, 1024)
+# Bounds of `default_chunk_size`.
+_CHUNK_SIZES = (256, 1024)
 TILE_SIZE = 1024
 # Logits of a device that are kept for the backward pass if they take no more:
 # what is small anyhow, such as an update on a CPU, is computed once.
@@ -67,17 +66,31 @@ def token_logps(
     num_scores: How many entries of the row count; the others give 0.
     softcap: Logits l become softcap * tanh(l / softcap), if given.
     chunk_size: Positions whose logits are in memory at a time, at most; by
-      default by the width of the hidden states.
+      default `default_chunk_size`.
     tile_size: Entries of the vocabulary for which they are, at most.
     kept_bytes: All logits of a device are kept for the backward pass if they
       take no more than that.
   """
   inputs = (hidden, unembedding, positions, targets, num_scores)
   if chunk_size is None:
-    least, most = CHUNK_SIZES
-    chunk_size = min(max(least, hidden.shape[-1]), most)
+    chunk_size = default_chunk_size(hidden.shape[-1])
   sizes = _Sizes(tile_size, chunk_size, kept_bytes)
   return _token_logps(*map(jnp.asarray, inputs), softcap, sizes)
+
+
+def default_chunk_size(hidden_size: int) -> int:
+  """As many positions as a hidden state is wide, within bounds.
+
+  The gradient of a tile of weights is read and written once for each chunk,
+  which more positions pay for.
+  """
+  least, most = _CHUNK_SIZES
+  return min(max(least, hidden_size), most)
+
+
+def are_logits_kept(num_scores: int, vocab_size: int, kept_bytes: int) -> bool:
+  """Whether a device keeps the logits of so many scores for the way back."""
+  return num_scores * vocab_size * 4 <= kept_bytes
 
 
 def answer_logps(
@@ -184,8 +197,7 @@ class _Head:
     self.tile_size = min(_even(vocab, sizes.tile), vocab)
     self.num_tiles = -(-vocab // self.tile_size)
     self.has_overlap = self.num_tiles * self.tile_size > vocab
-    all_logits = self.num_tiles * self.tile_size * padded
-    self.keeps_logits = all_logits * 4 <= sizes.kept_bytes
+    self.keeps_logits = are_logits_kept(most, vocab, sizes.kept_bytes)
     self.first_token = vocab * _tensor_index()
 
   def tile_start(self, tile):

@@ -121,7 +121,8 @@ def _train(config, workdir, program, data, plans, differences) -> Result:
     if started is None:
       if is_primary:
         print(
-          "Asked to stop while the reference was scored. Run again to continue.",
+          "Asked to stop while the reference was scored. Run again to "
+          "continue.",
           file=sys.stderr,
         )
       return Result(first_step or 0, False, None, None)

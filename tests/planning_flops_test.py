@@ -13,7 +13,6 @@ from dpop_jax.models import attention_blocks, decoder
 from dpop_jax.planning import flops, hlo
 
 BLOCK = attention_blocks.MAX_BLOCK_SIZE
-LENGTH = 2 * logprobs.CHUNK_SIZE
 MODEL = decoder.DecoderConfig(
   vocab_size=1024,
   hidden_size=512,
@@ -22,6 +21,10 @@ MODEL = decoder.DecoderConfig(
   num_attention_heads=8,
   num_key_value_heads=4,
 )
+CHUNK_SIZE = logprobs.default_chunk_size(MODEL.hidden_size)
+LENGTH = 2 * CHUNK_SIZE
+# So few are kept.
+assert logprobs.are_logits_kept(LENGTH, MODEL.vocab_size, logprobs.KEPT_BYTES)
 
 
 def compile_step(model, *, loss="dpop"):
@@ -66,13 +69,15 @@ def test_the_count_is_that_of_all_products_in_the_program(remat):
   # Of blocks of queries and keys, so many are computed.
   num_pairs = 7
   work = flops.Work(
-    positions=LENGTH, scores=LENGTH, visible_pairs=num_pairs * BLOCK**2
+    positions=LENGTH,
+    scores=LENGTH,
+    visible_pairs=num_pairs * BLOCK**2,
+    are_logits_kept=True,
   )
 
   def trip_counts(op_name):
-    return num_pairs if "attention" in op_name else LENGTH // 256
+    return num_pairs if "attention" in op_name else LENGTH // CHUNK_SIZE
 
-  assert logprobs.CHUNK_SIZE == 256
   counted = flops.count(model, model, work)
   assert product_flops(compile_step(model), trip_counts) == counted.total
 
@@ -81,7 +86,10 @@ def test_the_count_is_the_compilers_of_one_layer():
   # The compiler counts the body of a loop once: one layer, one chunk of the
   # scored positions, one pair of blocks.
   work = flops.Work(
-    positions=LENGTH, scores=logprobs.CHUNK_SIZE, visible_pairs=BLOCK**2
+    positions=LENGTH,
+    scores=CHUNK_SIZE,
+    visible_pairs=BLOCK**2,
+    are_logits_kept=True,
   )
   counted = flops.count(MODEL, MODEL, work).total
   compiled = compile_step(MODEL).cost_analysis()["flops"]
@@ -91,7 +99,12 @@ def test_the_count_is_the_compilers_of_one_layer():
 
 
 def test_supervised_training_has_no_reference():
-  work = flops.Work(positions=LENGTH, scores=LENGTH, visible_pairs=BLOCK**2)
+  work = flops.Work(
+    positions=LENGTH,
+    scores=LENGTH,
+    visible_pairs=BLOCK**2,
+    are_logits_kept=True,
+  )
   counted = flops.count(MODEL, None, work)
   assert counted.reference == 0
   trip_counts = lambda op_name: 1 if "attention" in op_name else 2

@@ -7,6 +7,7 @@ See `measure`.
 
 import collections
 import dataclasses
+import math
 import pathlib
 import re
 import tempfile
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpop_jax import config as config_lib
-from dpop_jax import optim, program, sharding, steps
+from dpop_jax import logprobs, optim, program, sharding, steps
 from dpop_jax.data import dataset, plan
 from dpop_jax.models import decoder
 from dpop_jax.planning import flops
@@ -93,7 +94,7 @@ def measure(
     state, _ = jax.block_until_ready(step(state, reference, batch, count))
     if number:
       spent.append(time.process_time() - start)
-      counted.append(flops.count(config.model, config.model, _work(planned)))
+      counted.append(_count(config.model, planned))
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       jax.block_until_ready(step(state, reference, batch, count))
@@ -124,6 +125,10 @@ def measure(
   }
 
 
+def _count(model, planned) -> flops.Flops:
+  return flops.count(model, model, _work(planned, model.vocab_size))
+
+
 def _recomputed(counted):
   return sum(x.recomputation for x in counted) / sum(x.total for x in counted)
 
@@ -148,16 +153,20 @@ def _config(work) -> config_lib.Config:
   )
 
 
-def _work(planned: plan.PlannedStep) -> flops.Work:
+def _work(planned: plan.PlannedStep, vocab_size: int) -> flops.Work:
   """What an update computes on: padding of rows counts as well, as it is
   multiplied; blocks of attention that are skipped do not."""
   rows = planned.num_microbatches * planned.batch.tokens.shape[1]
   length = planned.batch.tokens.shape[2]
   seen = planned.batch.visible_until - np.arange(length)
+  most_scores = math.prod(planned.batch.score_targets.shape[1:])
   return flops.Work(
     positions=rows * length,
     scores=int(planned.batch.num_scores.sum()),
     visible_pairs=int(seen.sum()),
+    are_logits_kept=logprobs.are_logits_kept(
+      most_scores, vocab_size, logprobs.KEPT_BYTES
+    ),
   )
 
 

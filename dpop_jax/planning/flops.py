@@ -19,11 +19,14 @@ class Work:
     positions: Tokens of the rows, padding included: it is computed as well.
     scores: Positions that meet the vocabulary.
     visible_pairs: Pairs of a query and a key, in one layer and for one head.
+    are_logits_kept: Whether they are few enough not to be computed again; see
+      `logprobs.are_logits_kept`.
   """
 
   positions: int
   scores: int
   visible_pairs: int
+  are_logits_kept: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Flops:
     forward: Of the policy.
     backward: Gradients of the policy.
     recomputation: What the backward pass computes a second time: of the layers
-      by `model.remat`, and always attention's and the vocabulary's scores.
+      by `model.remat`, always attention's scores, and the vocabulary's unless
+      they are kept.
     reference: Forward of the reference.
   """
 
@@ -66,7 +70,7 @@ def count(
   pairs = 2 * _query_width(model) * model.num_hidden_layers
   pairs *= work.visible_pairs
   forward = products * _layer_weights(model) + 2 * pairs + head
-  recomputation = head + pairs
+  recomputation = pairs if work.are_logits_kept else head + pairs
   if model.remat == "full":
     recomputation += 2 * pairs
   if model.remat != "none":

@@ -301,7 +301,8 @@ def _trip_counts(config, mesh, shapes, microbatches):
     if op_name.endswith("train_step)/while"):
       return microbatches
     if "/shard_map/while" in op_name and "/layers/" not in op_name:
-      return -(-scores // min(logprobs.CHUNK_SIZE, scores))
+      chunk_size = logprobs.default_chunk_size(config.model.hidden_size)
+      return -(-scores // min(chunk_size, scores))
     # Attention's blocks, among which nothing is sent.
     return 1
 
