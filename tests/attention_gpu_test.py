@@ -16,6 +16,7 @@ from dpop_jax.models import (
   attention,
   attention_blocks,
   attention_gpu,
+  attention_gpu_layout,
   decoder,
 )
 from dpop_jax.planning import batch_shapes
@@ -29,8 +30,11 @@ TRITON = "__gpu$xla.gpu.triton"
 def small_blocks(monkeypatch):
   """Rows of 48 have several blocks, cut otherwise there and back."""
   monkeypatch.setattr(attention_blocks, "GPU_BLOCK_SIZE", 16)
-  sizes = attention_gpu.Sizes(16, 8, 4, 1), attention_gpu.Sizes(8, 16, 4, 1)
-  monkeypatch.setattr(attention_gpu, "SIZES", {1: sizes})
+  sizes = (
+    attention_gpu_layout.Sizes(16, 8, 4, 1),
+    attention_gpu_layout.Sizes(8, 16, 4, 1),
+  )
+  monkeypatch.setattr(attention_gpu_layout, "SIZES", {1: sizes})
 
 
 def kernel(direction, scoring):
@@ -182,9 +186,9 @@ def test_padding_gives_no_nan_and_passes_none_on(in_the_interpreter):
     np.testing.assert_array_equal(array, jnp.zeros_like(array))
 
 
-@pytest.mark.parametrize("limit", attention_gpu.SIZES)
+@pytest.mark.parametrize("limit", attention_gpu_layout.SIZES)
 def test_blocks_of_a_program_divide_those_of_the_lists(limit):
-  for sizes in attention_gpu.SIZES[limit]:
+  for sizes in attention_gpu_layout.SIZES[limit]:
     for size in sizes[:2]:
       assert attention_blocks.GPU_BLOCK_SIZE % size == 0
       # The least that Triton multiplies.
@@ -192,15 +196,15 @@ def test_blocks_of_a_program_divide_those_of_the_lists(limit):
 
 
 def test_wider_heads_get_smaller_blocks():
-  forward = lambda width, dtype: attention_gpu._sizes(width, jnp.dtype(dtype))[
-    0
-  ]
-  assert forward(64, "bfloat16") == attention_gpu.SIZES[128][0]
-  assert forward(128, "bfloat16") == attention_gpu.SIZES[256][0]
-  assert forward(256, "bfloat16") == attention_gpu.SIZES[512][0]
+  forward = lambda width, dtype: attention_gpu_layout.sizes_of(
+    width, jnp.dtype(dtype)
+  )[0]
+  assert forward(64, "bfloat16") == attention_gpu_layout.SIZES[128][0]
+  assert forward(128, "bfloat16") == attention_gpu_layout.SIZES[256][0]
+  assert forward(256, "bfloat16") == attention_gpu_layout.SIZES[512][0]
   # Twice the bytes, and twice the registers.
-  assert forward(64, "float32") == attention_gpu.SIZES[512][0]
-  assert forward(2048, "float32") == attention_gpu.SIZES[2048][0]
+  assert forward(64, "float32") == attention_gpu_layout.SIZES[512][0]
+  assert forward(2048, "float32") == attention_gpu_layout.SIZES[2048][0]
 
 
 @pytest.mark.parametrize("window", [None, 9])
