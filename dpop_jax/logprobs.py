@@ -17,11 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from dpop_jax import pairs as pairs_lib
 from dpop_jax import sharding
 
-# Bounds of `default_chunk_size`.
-_CHUNK_SIZES = (256, 1024)
 TILE_SIZE = 1024
 # Logits of a device that are kept for the backward pass if they take no more:
 # what is small anyhow, such as an update on a CPU, is computed once.
@@ -81,38 +78,14 @@ def token_logps(
 def default_chunk_size(hidden_size: int) -> int:
   """As many positions as a hidden state is wide, within bounds.
 
-  The gradient of a tile of weights is read and written once for each chunk,
-  which more positions pay for.
+  The gradient of a tile of weights is read and written once for each chunk.
   """
-  least, most = _CHUNK_SIZES
-  return min(max(least, hidden_size), most)
+  return min(max(256, hidden_size), 1024)
 
 
 def are_logits_kept(num_scores: int, vocab_size: int, kept_bytes: int) -> bool:
   """Whether a device keeps the logits of so many scores for the way back."""
   return num_scores * vocab_size * 4 <= kept_bytes
-
-
-def answer_logps(
-  token_logps: Float[Array, "rows scores"], batch: pairs_lib.PackedBatch
-) -> Float[Array, "rows pairs 2 3"]:
-  """Sums token log-probabilities along the path of every answer.
-
-  Edges are summed by branch, then branches by answer and region, so that what
-  answers share is added up once. The last axes are (CHOSEN, REJECTED) and
-  (BEFORE_EDIT, AT_EDIT, AFTER_EDIT); the log-probability of an answer is the
-  sum over the last one.
-  """
-  # Out-of-range branches and slots are padding; segment_sum drops them.
-  num_branches = batch.link_branches.shape[-1]
-  branches = jax.vmap(
-    functools.partial(jax.ops.segment_sum, num_segments=num_branches)
-  )(token_logps, batch.score_branches)
-  parts = jnp.take_along_axis(branches, batch.link_branches, axis=-1)
-  slots = jax.vmap(
-    functools.partial(jax.ops.segment_sum, num_segments=batch.num_slots)
-  )(parts, batch.link_slots)
-  return slots.reshape(-1, batch.num_pairs, 2, pairs_lib.NUM_REGIONS)
 
 
 _HIDDEN = P(sharding.ROW_AXES)
@@ -127,14 +100,8 @@ _LOGITS = P(sharding.TENSOR, None, sharding.ROW_AXES)
 def _token_logps(
   hidden, unembedding, positions, targets, counts, softcap, sizes
 ):
-  run = sharding.per_device(
-    functools.partial(
-      _forward_chunks, softcap=softcap, sizes=sizes._replace(kept_bytes=0)
-    ),
-    in_specs=_INPUTS,
-    out_specs=(_ROWS, _ROWS, _LOGITS),
-  )
-  return run(hidden, unembedding, positions, targets, counts)[0]
+  inputs = hidden, unembedding, positions, targets, counts
+  return _forward(*inputs, softcap, sizes._replace(kept_bytes=0))[0]
 
 
 def _forward(hidden, unembedding, positions, targets, counts, softcap, sizes):
@@ -143,7 +110,7 @@ def _forward(hidden, unembedding, positions, targets, counts, softcap, sizes):
     in_specs=_INPUTS,
     out_specs=(_ROWS, _ROWS, _LOGITS),
   )
-  inputs = (hidden, unembedding, positions, targets, counts)
+  inputs = hidden, unembedding, positions, targets, counts
   logps, *results = run(*inputs)
   return logps, (*inputs, *results)
 
@@ -252,9 +219,7 @@ class _Head:
     )
 
   def kept(self, kept, tile, chunk):
-    sizes = 1, self.tile_size, self.chunk_size
-    start = tile, 0, chunk * self.chunk_size
-    return jax.lax.dynamic_slice(kept, start, sizes)[0]
+    return self.chunk(chunk, kept[tile])[0]
 
   def logits(self, weights, states):
     """Of some tokens and positions, in float32."""

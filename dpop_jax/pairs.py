@@ -8,10 +8,14 @@ itself, and one integer per token says it all: query `q` sees key `k` exactly
 when `k <= q < visible_until[k]`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 CHOSEN, REJECTED = 0, 1
 # Where a token of an answer stands relative to what differs between answers.
@@ -117,3 +121,25 @@ class WeightedSum(NamedTuple):
 
   def mean(self) -> Array:
     return self.total / self.weight
+
+
+def answer_logps(
+  token_logps: Float[jax.Array, "rows scores"], batch: PackedBatch
+) -> Float[jax.Array, "rows pairs 2 3"]:
+  """Sums token log-probabilities along the path of every answer.
+
+  Edges are summed by branch, then branches by answer and region, so that what
+  answers share is added up once. The last axes are (CHOSEN, REJECTED) and
+  (BEFORE_EDIT, AT_EDIT, AFTER_EDIT); the log-probability of an answer is the
+  sum over the last one.
+  """
+  # Out-of-range branches and slots are padding; segment_sum drops them.
+  num_branches = batch.link_branches.shape[-1]
+  branches = jax.vmap(
+    functools.partial(jax.ops.segment_sum, num_segments=num_branches)
+  )(token_logps, batch.score_branches)
+  parts = jnp.take_along_axis(branches, batch.link_branches, axis=-1)
+  slots = jax.vmap(
+    functools.partial(jax.ops.segment_sum, num_segments=batch.num_slots)
+  )(parts, batch.link_slots)
+  return slots.reshape(-1, batch.num_pairs, 2, NUM_REGIONS)

@@ -84,7 +84,7 @@ def region_logps(
     rows.num_scores,
     softcap=config.final_logit_softcapping,
   )
-  return logprobs.answer_logps(token_logps, rows)
+  return pairs_lib.answer_logps(token_logps, rows)
 
 
 def score_step(
