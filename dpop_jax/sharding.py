@@ -185,6 +185,12 @@ def split_axes(*names: str) -> tuple[str, ...]:
   return tuple(name for name in active_axes(*names) if mesh.shape[name] > 1)
 
 
+def active_platform() -> str | None:
+  """Of the devices of the active mesh: "cpu", "gpu" or "tpu"; None without."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return None if device is None else device.platform
+
+
 def per_device(function: Callable, *, in_specs, out_specs) -> Callable:
   """Runs a function on every device's own shards; plainly where it has all.
 

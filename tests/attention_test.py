@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from dpop_jax import sharding
-from dpop_jax.models import attention, attention_blocks
+from dpop_jax.models import (
+  attention,
+  attention_blocks,
+  attention_gpu,
+  attention_kernel,
+  attention_xla,
+)
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 8, 48, 4, 2, 8
 # Products of inputs are about 3 in size: the cap of scores bends most of them.
@@ -306,3 +312,29 @@ def test_a_window_needs_positions():
     forest_attention(*inputs()[:3], until, scale=SCALE, window=jnp.int32(4))
   with pytest.raises(ValueError, match="give `positions`"):
     attention.forest_mask(until, window=jnp.int32(4))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_mesh_that_knows_its_platform_traces_no_other(platform, monkeypatch):
+  ways = {"cpu": attention_xla, "tpu": attention_kernel, "cuda": attention_gpu}
+  traced = []
+
+  def spy(name):
+    def forward(query, key, value, visibility, *, scoring):
+      traced.append(name)
+      return query, jnp.zeros(query.shape[:3], jnp.float32)
+
+    return forward
+
+  for name, module in ways.items():
+    monkeypatch.setattr(module, "forward", spy(name))
+  until, _ = random_trees(0)
+  run = functools.partial(forest_attention, *inputs()[:3], until, scale=SCALE)
+  device = jax.sharding.AbstractDevice("a device", 1, platform)
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jax.eval_shape(run)
+  assert set(traced) == {platform}
+  traced.clear()
+  jax.eval_shape(run)
+  assert set(traced) == set(ways)

@@ -138,10 +138,18 @@ _attention.defvjp(_forward, _backward)
 
 
 def _by_platform(direction, scoring):
-  """Decides where it is compiled for, which need not be where it is traced."""
+  """Decides where it is compiled for, which need not be where it is traced.
+
+  Tracing all three takes most of the tracing of a decoder; where a mesh says
+  what its devices are, only theirs is traced.
+  """
   way = lambda module: functools.partial(
     getattr(module, direction), scoring=scoring
   )
+  known = {"cpu": attention_xla, "tpu": attention_kernel}
+  platform = sharding.active_platform()
+  if platform in known:
+    return way(known[platform])
   return functools.partial(
     jax.lax.platform_dependent,
     tpu=way(attention_kernel),

@@ -123,7 +123,9 @@ class Attention(nn.Module):
     scores = dict(
       scale=config.attention_scale, softcap=config.attn_logit_softcapping
     )
-    if cache is None:
+    if self.is_initializing():
+      mixed = query  # Mixing has no parameters, and takes long to trace.
+    elif cache is None:
       visibility = _of_window(visibilities, window)
       mixed = attention.forest_attention(
         query, key, value, visibility, **scores
