@@ -43,6 +43,12 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("dpop_jax")
 
 
+def pytest_runtest_logreport(report):
+  """Names a failure when it happens: a run that is ended has no summary."""
+  if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+    print(f"\nFAILED {report.nodeid} ({report.when})", flush=True)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
   """The folder of real data sets, tokenizers and weights; skips without it."""
