@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from dpop_jax import sharding
-from dpop_jax.models import layers
+from dpop_jax.models import layers, products
 from dpop_jax.models.decoder_config import DecoderConfig
 
 
@@ -75,7 +75,7 @@ class _Kernel(nn.Module):
       self.shape,
       jnp.dtype(self.config.param_dtype),
     )
-    return kernel.astype(self.config.dtype)
+    return products.cast(kernel, self.config.dtype)
 
 
 class _Kernels(NamedTuple):

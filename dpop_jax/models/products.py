@@ -1,8 +1,11 @@
-"""Products of activations and weights, with a gradient that suits the CPU."""
+"""Products of activations and weights: their gradient, and their casts."""
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax.linen import dtypes
 from jax.ad_checkpoint import checkpoint_name
 
 # By which a remat policy knows the results: what is inside of a function with
@@ -73,3 +76,47 @@ def _backward(count, residuals, gradient):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def cast(weights: jax.Array, dtype: Any) -> jax.Array:
+  """`weights.astype(dtype)`, of a layer at a time where layers are scanned.
+
+  The TPU compiler otherwise casts the weights of all layers before the first
+  of them and keeps what it gets, which for float32 and bfloat16 is half of
+  what the parameters take. It does not move a cast across a barrier of bits.
+
+  Args:
+    weights: Of any shape.
+    dtype: Of the result. Only casts to a narrower type are held back: others
+      make nothing larger, or are none.
+  """
+  dtype = jnp.dtype(dtype)
+  if dtype.itemsize >= weights.dtype.itemsize:
+    return weights.astype(dtype)
+  return _narrowed(weights, dtype, weights.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _narrowed(weights, dtype, source):
+  bits = jax.lax.bitcast_convert_type(weights, f"uint{8 * source.itemsize}")
+  bits = jax.lax.optimization_barrier(bits)
+  return jax.lax.bitcast_convert_type(bits, source).astype(dtype)
+
+
+def _narrowed_forward(weights, dtype, source):
+  return _narrowed(weights, dtype, source), None
+
+
+def _narrowed_backward(dtype, source, _, gradient):
+  return (gradient.astype(source),)
+
+
+_narrowed.defvjp(_narrowed_forward, _narrowed_backward)
+
+
+def promoted(
+  *operands: jax.Array | None, dtype: Any, inexact: bool = True
+) -> list[jax.Array | None]:
+  """The operands of one of Linen's layers in one type; its `promote_dtype`."""
+  dtype = dtypes.canonicalize_dtype(*operands, dtype=dtype, inexact=inexact)
+  return [None if x is None else cast(x, dtype) for x in operands]
