@@ -29,7 +29,7 @@ def run(
   """
 
   def parse(arguments):
-    _check_config_file(arguments)
+    check_config_file(arguments)
     try:
       return flags.FLAGS(arguments)
     except (AttributeError, KeyError) as error:
@@ -67,7 +67,8 @@ def run(
   app.run(checked_main, flags_parser=parse)
 
 
-def _check_config_file(arguments: Sequence[str]) -> None:
+def check_config_file(arguments: Sequence[str]) -> None:
+  """Ends the process with one sentence if the file of `--config` is missing."""
   # ConfigDict would tell of its attempts.
   for argument in arguments:
     if argument.startswith("--config="):
