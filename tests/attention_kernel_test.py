@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import re
 
 import attention_inputs
@@ -231,14 +232,19 @@ def test_the_platform_is_that_of_the_compilation(window):
   assert text.count("tpu_custom_call") == 3
 
 
-# For each chip a shape: rows, length, heads, key heads, head_dim, dtype, window
-# and cap. One is the largest that a block may be; lengths need padding.
-SHAPES = {
+# Rows, length, heads, key heads, head_dim, dtype, window and cap. One is the
+# largest that a block may be; lengths need padding.
+ODD_SHAPES = {
   "v4:2x2x1": (2, 1024, 8, 4, 128, jnp.bfloat16, None, None),
   "v5e:2x2": (2, 1000, 4, 2, 256, jnp.float32, 300, 50.0),
   "v5p:2x2x1": (4, 2048, 16, 2, 128, jnp.bfloat16, None, 50.0),
   "v6e:2x2": (2, 300, 4, 4, 64, jnp.bfloat16, 100, None),
 }
+# Those of Llama 3.2 1B and of Yi 34B, in rows as a config has them.
+REAL_SHAPES = (
+  (4, 2048, 32, 8, 64, jnp.bfloat16, None, None),
+  (2, 4096, 56, 8, 128, jnp.bfloat16, None, None),
+)
 
 
 @pytest.mark.tpu
@@ -246,9 +252,16 @@ SHAPES = {
   importlib.util.find_spec("libtpu") is None,
   reason="needs the TPU compiler: pip install dpop_jax[tpu]",
 )
-@pytest.mark.parametrize("topology", SHAPES)
-def test_the_tpu_compiler_takes_it(topology):
-  rows, length, heads, kv_heads, width, dtype, window, cap = SHAPES[topology]
+@pytest.mark.parametrize(
+  ("topology", "shape"),
+  [
+    *ODD_SHAPES.items(),
+    *itertools.product(ODD_SHAPES, REAL_SHAPES),
+  ],
+  ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x[:5])),
+)
+def test_the_tpu_compiler_takes_it(topology, shape):
+  rows, length, heads, kv_heads, width, dtype, window, cap = shape
   mesh = sharding.make_mesh(
     sharding.MeshConfig(fsdp=2, tensor=2),
     chips.devices(chips.parse(topology)),
