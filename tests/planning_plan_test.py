@@ -337,7 +337,64 @@ def test_what_did_not_fit_rules_out_what_takes_more(
     plan_search.search(searched, small_slice, shapes, max_compiles=5)
   )
   assert compiled == [smallest[0].config]
-  assert [plan is None for _, plan in results] == [True, False]
+  assert [found is None for _, found in results] == [True, False]
+
+
+def test_what_would_not_fit_if_it_were_like_others_is_not_compiled(
+  layouts, small_slice, shapes, monkeypatch
+):
+  # The layers keep ten times what they keep at the least, in this world.
+  needed = lambda layout: layout.state_bytes + 10 * layout.kept_bytes
+  order = sorted(layouts, key=needed, reverse=True)
+  capacity = needed(order[len(order) // 2])
+  chip = dataclasses.replace(small_slice.chip, hbm_bytes=capacity)
+  slices = dataclasses.replace(small_slice, chip=chip)
+  compiled = []
+
+  def make_plan(config, slices, shapes, *, has_code):
+    layout = next(x for x in layouts if x.config == config)
+    compiled.append(layout)
+    fits = needed(layout) <= capacity
+    found = fake_plan(layout, slices, shapes, fits=fits)
+    return dataclasses.replace(found, needed_bytes=needed(layout))
+
+  monkeypatch.setattr(plan, "make_plan", make_plan)
+  list(plan_search.search(order, slices, shapes, max_compiles=1000))
+  fitting = [layout for layout in order if needed(layout) <= capacity]
+  # Nothing that fits is missed, and of each policy, the one that takes most
+  # says enough of the others.
+  assert [x for x in compiled if x in fitting] == fitting
+  assert len(compiled) <= len(fitting) + 3
+  assert len(order) - len(fitting) > 10
+
+
+@pytest.mark.parametrize("slower", [1.0, 1e3])
+def test_what_cannot_be_faster_than_enough_that_fit_is_not_compiled(
+  layouts, small_slice, shapes, monkeypatch, slower
+):
+  # Steps that are limited by their operations, or by something that takes far
+  # longer.
+  compiled = []
+
+  def make_plan(config, slices, shapes, *, has_code):
+    layout = next(x for x in layouts if x.config == config)
+    compiled.append(layout)
+    seconds = slower * layout.compute_seconds
+    return fake_plan(layout, slices, shapes, fits=True, seconds=seconds)
+
+  monkeypatch.setattr(plan, "make_plan", make_plan)
+  order = sorted(layouts, key=lambda layout: layout.compute_seconds)
+  list(plan_search.search(order, small_slice, shapes, max_compiles=1000))
+  if slower > 1:
+    assert len(compiled) == len(layouts)
+  else:
+    # The fastest first, so five of them rule out all others.
+    assert compiled == order[: plan_search.NUM_BEST] and len(order) > 40
+  compiled.clear()
+  list(plan_search.search(order[::-1], small_slice, shapes, max_compiles=1000))
+  # The slowest first: the fastest is found all the same.
+  least = min(layout.compute_seconds for layout in compiled)
+  assert least == order[0].compute_seconds
 
 
 def test_a_search_ends_after_so_many_compilations(
@@ -509,12 +566,18 @@ def test_a_collective_that_nothing_calls_for_has_no_purpose():
 # The command.
 
 
+COMMAND = [sys.executable, "-m", "dpop_jax.cli.plan"]
+
+
+def command_environment():
+  return {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+
+
 def run_command(*arguments):
-  environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
   return subprocess.run(
-    [sys.executable, "-m", "dpop_jax.cli.plan", *arguments],
+    [*COMMAND, *arguments],
     cwd=ROOT,
-    env=environment,
+    env=command_environment(),
     capture_output=True,
     text=True,
     check=False,
@@ -601,3 +664,28 @@ def test_a_search_prints_a_table_and_json(config_file):
   seconds = [found["least_step_seconds"]["step"] for found in told["plans"]]
   assert seconds == sorted(seconds)
   assert "layouts, of which" in done.stderr
+  assert told["stopped_by"] == "--max_compiles"
+  assert "others may fit, and be faster." in done.stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_search_that_is_interrupted_says_what_it_knows(config_file):
+  search = [*COMMAND, config_file, "--topology=v5e:2x2", "--search", "--json"]
+  with subprocess.Popen(
+    search,
+    cwd=ROOT,
+    env=command_environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as started:
+    for line in started.stderr:
+      if line.startswith("[2]"):
+        started.terminate()
+        break
+    stdout, stderr = started.communicate(timeout=60)
+  assert started.returncode == 130, stderr
+  assert "Stopped by interrupt: " in stdout
+  told = json.loads(stdout.splitlines()[-1])
+  assert told["num_compiled"] == len(told["plans"]) == 1

@@ -10,14 +10,16 @@ other, and the least time of a step. GB are 1e9 bytes. `--quick` compiles only
 until all memory is laid out, which takes a tenth of the time; what the program
 itself takes, 0.1 GB or so, is then left out. `--search` tries meshes, remat
 policies and numbers of rows instead of the config's, prints what fits, best
-first, and compiles the first to the end. `--json` adds one JSON object on the
-last line. It exits with code 1 if nothing fits.
+first, and compiles the first to the end; interrupted (Ctrl-C, SIGTERM), it
+prints what it has found so far. `--json` adds one JSON object on the last line.
+It exits with code 1 if nothing fits, 130 if it was interrupted.
 
 Without data on this machine, pairs are assumed to be `--tokens_per_pair` long
 (data.max_length, if not given) and scored everywhere.
 """
 
 import json
+import signal
 import sys
 
 from absl import flags
@@ -48,6 +50,8 @@ _MAX_COMPILES = flags.DEFINE_integer(
   "max_compiles", 24, "Most layouts that a search compiles."
 )
 _JSON = flags.DEFINE_bool("json", False, "A JSON object on the last line.")
+# As of a process that SIGINT ends.
+_EXIT_INTERRUPTED = 128 + 2
 
 
 def main() -> int:
@@ -91,22 +95,32 @@ def _search(config, slices, shapes) -> int:
       f"{capacity / 1e9:.1f} GB are there. Take more chips."
     )
   searched = []
-  for layout, found in plan_search.search(
-    candidates, slices, shapes, max_compiles=_MAX_COMPILES.value
-  ):
-    if found is None:
-      mesh = "x".join(map(str, layout.mesh))
-      _tell(
-        f"[{len(searched) + 1}] {mesh}, {layout.config.model.remat}, "
-        f"{layout.config.batch.rows_per_microbatch} rows ..."
-      )
-    else:
-      searched.append((layout, found))
-      _tell(plan_text.row(found))
+  stopped = None
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    for layout, found in plan_search.search(
+      candidates, slices, shapes, max_compiles=_MAX_COMPILES.value
+    ):
+      if found is None:
+        mesh = "x".join(map(str, layout.mesh))
+        _tell(
+          f"[{len(searched) + 1}] {mesh}, {layout.config.model.remat}, "
+          f"{layout.config.batch.rows_per_microbatch} rows ..."
+        )
+      else:
+        searched.append((layout, found))
+        _tell(plan_text.row(found))
+    if len(searched) == _MAX_COMPILES.value:
+      stopped = "--max_compiles"
+  except KeyboardInterrupt:
+    stopped = "interrupt"
   plans = plan_search.best_first([found for _, found in searched])
   print(f"{slices.topology}, batches {shapes.source}.")
   print(plan_text.table(plans))
-  if plans[0].fits:
+  print(_rest(len(searched), len(possible), stopped))
+  is_interrupted = stopped == "interrupt"
+  has_one = bool(plans) and plans[0].fits
+  if has_one and not is_interrupted:
     _tell("Compiling the first of them to the end.")
     best = next(layout for layout, found in searched if found is plans[0])
     plans[0] = plan.make_plan(best.config, slices, shapes)
@@ -118,9 +132,25 @@ def _search(config, slices, shapes) -> int:
       "num_layouts": len(candidates),
       "num_too_large": len(candidates) - len(possible),
       "num_compiled": len(searched),
+      "stopped_by": stopped,
     }
     print(json.dumps(result))
-  return 0 if plans[0].fits else 1
+  if is_interrupted:
+    return _EXIT_INTERRUPTED
+  return 0 if has_one else 1
+
+
+def _rest(num_searched, num_possible, stopped) -> str:
+  """What is to be said of the layouts that are not in the table."""
+  from dpop_jax.planning import plan_search
+
+  num = num_possible - num_searched
+  if stopped:
+    return f"Stopped by {stopped}: {num} others may fit, and be faster."
+  return (
+    f"Of the {num} others, none fits and can be faster than "
+    f"{plan_search.NUM_BEST} of these."
+  )
 
 
 def _tell(message: str) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import multiprocessing
 import pathlib
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -94,10 +95,12 @@ def laid_out(make_compile: Callable[..., Compile], *arguments: Any) -> Outcome:
       target=_compile_into, args=(folder, make_compile, *arguments), daemon=True
     )
     process.start()
-    while process.is_alive() and not _found(folder, _LAST):
-      time.sleep(_POLL_SECONDS)
-    process.kill()
-    process.join()
+    try:
+      while process.is_alive() and not _found(folder, _LAST):
+        time.sleep(_POLL_SECONDS)
+    finally:
+      process.kill()
+      process.join()
     error = pathlib.Path(folder, _ERROR)
     if error.exists():
       return _refused(error.read_text(), folder)
@@ -120,6 +123,8 @@ def refused_bytes(message: str) -> int | None:
 
 
 def _compile_into(folder, make_compile, *arguments):
+  # A Ctrl-C is for the one that waits, which then ends this one.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     make_compile(*arguments)({"xla_dump_to": folder})
   except jax.errors.JaxRuntimeError as error:

@@ -162,8 +162,7 @@ def make_plan(
   found = outcome(_compile_train_step)
   seconds = time.perf_counter() - started
   work = shapes.work(rows)
-  reference = made.abstract_reference and config_lib.reference_model(config)
-  counted = flops.count(config.model, reference, work)
+  counted = count_flops(made, config, shapes)
   plan = Plan(
     fits=False,
     needed_bytes=found.hbm_bytes,
@@ -246,6 +245,23 @@ def prepare(
     batch=bytes_per_device(program.abstract_batch(made, batch)),
     host=bytes_per_device((state, made.abstract_reference), on_host=True),
   )
+
+
+def count_flops(
+  made: program.Program,
+  config: config_lib.Config,
+  shapes: batch_shapes.BatchShapes,
+) -> flops.Flops:
+  """Operations of an average step, over all chips.
+
+  Args:
+    made: Of the run, whatever its remat policy and rows.
+    config: Of the run.
+    shapes: Of its batches.
+  """
+  reference = made.abstract_reference and config_lib.reference_model(config)
+  work = shapes.work(config.batch.rows_per_microbatch)
+  return flops.count(config.model, reference, work)
 
 
 def bytes_per_device(tree: Any, *, on_host: bool = False) -> int:

@@ -1,9 +1,11 @@
 """Plans of a run for all ways to lay it out on some slices, the likely first.
 
 Not all of them are compiled: not those whose arguments, gradients and block
-inputs alone are larger than the memory, nor those that keep or compute more at
-once than one that did not fit. The others are, in the order of an estimate of
-their time, until their memory is laid out; code is made of none.
+inputs alone are larger than the memory; nor those that keep or compute more at
+once than one that did not fit, or would not fit if the rest of their memory
+grew with what they keep as that of others did; nor those whose operations alone
+take as long as the steps of enough that do fit. The others are, in the order of
+an estimate of their time, until their memory is laid out; code is made of none.
 """
 
 import dataclasses
@@ -13,12 +15,14 @@ from collections.abc import Iterator, Sequence
 from dpop_jax import config as config_lib
 from dpop_jax import program, sharding
 from dpop_jax.models import decoder_config
-from dpop_jax.planning import batch_shapes, chips, flops, plan
+from dpop_jax.planning import batch_shapes, chips, plan
 
 # From what keeps least; one that does not fit rules out those behind it.
 _REMATS = ("full", "dots", "none")
 _ROWS_PER_SHARD = (1, 2, 4, 8, 16)
 _WIDTH = 2  # Bytes of bfloat16.
+# What cannot be faster than so many that fit is not looked at.
+NUM_BEST = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +32,23 @@ class Layout:
   Attributes:
     config: With another mesh, remat policy and number of rows.
     memory: Of the arguments.
-    least_bytes: Of memory, per chip, that it takes for sure.
+    state_bytes: Of memory, per chip: of the arguments and the gradients.
+    kept_bytes: Likewise, of what the layers keep at the least.
+    compute_seconds: Of a step, at the least: of its operations at peak.
     estimate_seconds: Of a step, to tell likely layouts from others.
   """
 
   config: config_lib.Config
   memory: plan.Memory
-  least_bytes: int
+  state_bytes: int
+  kept_bytes: int
+  compute_seconds: float
   estimate_seconds: float
+
+  @property
+  def least_bytes(self) -> int:
+    """What it takes for sure."""
+    return self.state_bytes + self.kept_bytes
 
   @property
   def mesh(self) -> tuple[int, int, int]:
@@ -74,14 +87,14 @@ def layouts(
       )
     except ValueError:
       continue
-    _, memory = plan.prepare(on_mesh, mesh, shapes)
+    made, memory = plan.prepare(on_mesh, mesh, shapes)
     most = -(-shapes.num_rows // num_shards)
     for per_shard, remat in itertools.product(_ROWS_PER_SHARD, _REMATS):
       # More rows than there are would only be padding.
       if per_shard > 1 and per_shard > most:
         continue
       candidate = _with(config, mesh_config, remat, per_shard * num_shards)
-      found.append(_layout(candidate, slices, shapes, memory))
+      found.append(_layout(candidate, slices, shapes, made, memory))
   if not found:
     raise ValueError(
       f"No mesh over the {len(devices)} chips divides the model's hidden size, "
@@ -109,20 +122,49 @@ def search(
     Each layout before it is compiled, with None, and then with its plan.
   """
   too_large: list[Layout] = []
+  laid_out: list[tuple[Layout, int]] = []
+  least_seconds: list[float] = []
   num_compiles = 0
   for layout in candidates:
     if num_compiles == max_compiles:
       return
-    if layout.least_bytes > slices.chip.hbm_bytes or any(
+    least_bytes = max(layout.least_bytes, _likely_bytes(layout, laid_out))
+    if least_bytes > slices.chip.hbm_bytes or any(
       other.rules_out(layout) for other in too_large
     ):
+      continue
+    faster = [s for s in least_seconds if s <= layout.compute_seconds]
+    if len(faster) >= NUM_BEST:
       continue
     yield layout, None
     found = plan.make_plan(layout.config, slices, shapes, has_code=False)
     num_compiles += 1
+    laid_out.append((layout, found.needed_bytes))
     if not found.fits:
       too_large.append(layout)
+    elif found.bound is not None:
+      least_seconds.append(found.bound.seconds)
     yield layout, found
+
+
+def _likely_bytes(
+  layout: Layout, laid_out: Sequence[tuple[Layout, int]]
+) -> int:
+  """What a layout takes by the likeness of others, which are on any mesh.
+
+  Args:
+    layout: To be judged.
+    laid_out: Others, and what they took.
+  """
+  likely = [
+    # What goes with what is kept is at most in proportion to it.
+    rest * min(1.0, layout.kept_bytes / other.kept_bytes)
+    + max(0, layout.kept_bytes - other.kept_bytes)
+    for other, num_bytes in laid_out
+    if other.config.model.remat == layout.config.model.remat
+    and (rest := num_bytes - other.state_bytes) > 0
+  ]
+  return layout.state_bytes + int(min(likely, default=layout.kept_bytes))
 
 
 def best_first(plans: Sequence[plan.Plan]) -> list[plan.Plan]:
@@ -154,17 +196,23 @@ def _with(config, mesh, remat, rows) -> config_lib.Config:
   )
 
 
-def _layout(config, slices, shapes, memory) -> Layout:
+def _layout(config, slices, shapes, made, memory) -> Layout:
   mesh, model = config.mesh, config.model
   rows = config.batch.rows_per_microbatch
   positions = rows // (mesh.data * mesh.fsdp) * shapes.capacity.tokens
   kept = model.num_hidden_layers * positions * _kept_bytes(model, mesh.tensor)
+  compute = plan.count_flops(made, config, shapes).total
+  compute /= slices.num_chips * slices.chip.peak_flops
   return Layout(
     config=config,
     memory=memory,
     # Gradients are of the parameters' type and shape.
-    least_bytes=int(memory.arguments + memory.params + kept),
-    estimate_seconds=_estimate(config, slices, shapes, memory, positions),
+    state_bytes=memory.arguments + memory.params,
+    kept_bytes=kept,
+    compute_seconds=compute,
+    estimate_seconds=_estimate(
+      config, slices, shapes, made, memory, positions, compute
+    ),
   )
 
 
@@ -180,15 +228,14 @@ def _kept_bytes(model: decoder_config.DecoderConfig, tensor: int) -> int:
   return 3 * hidden + _WIDTH * wide // tensor
 
 
-def _estimate(config, slices, shapes, memory, positions) -> float:
+def _estimate(
+  config, slices, shapes, made, memory, positions, compute
+) -> float:
   """Seconds of a step, for the order only."""
   model, mesh, chip = config.model, config.mesh, slices.chip
   rows = config.batch.rows_per_microbatch
-  has_reference = config.loss.name != "sft"
+  has_reference = made.abstract_reference is not None
   work = shapes.work(rows)
-  reference = config_lib.reference_model(config) if has_reference else None
-  compute = flops.count(model, reference, work).total
-  compute /= slices.num_chips * chip.peak_flops
   microbatches = work.positions // (rows * shapes.capacity.tokens)
   passes = 3 + has_reference + (model.remat != "none")
   whole = memory.params / 4 * _WIDTH * mesh.fsdp  # On one part of `tensor`.
