@@ -21,12 +21,14 @@ def docs():
   return DOCS.read_text()
 
 
-@pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None,
-  reason="needs the TPU compiler: make test-tpu",
-)
-@pytest.mark.tpu
-@pytest.mark.slow
+def compiles_a_large_step(test):
+  is_missing = importlib.util.find_spec("libtpu") is None
+  reason = "needs the TPU compiler: make test-tpu"
+  test = pytest.mark.skipif(is_missing, reason=reason)(test)
+  return pytest.mark.tpu(pytest.mark.slow(test))
+
+
+@compiles_a_large_step
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_large_step_is_as_it_was(name):
   kept = FIGURES[name]
@@ -34,6 +36,18 @@ def test_a_large_step_is_as_it_was(name):
   assert not plan_figures.differences(kept, found), (
     f"If that is meant: python tests/plan_figures.py {name}"
   )
+
+
+@compiles_a_large_step
+def test_code_is_made_of_the_72b_step_and_changes_no_figure():
+  kept = FIGURES["72b-v5p-4x4x4"]
+  told = plan_figures.told(kept["arguments"])
+  assert told["fits"] and told["num_chips"] == 64
+  memory = told["hbm_bytes_per_chip"]
+  assert 0 < memory["code"] < 0.2e9 and memory["needed"] < 45e9
+  memory["needed"] -= memory.pop("code")
+  found = plan_figures.figures(kept["arguments"], told)
+  assert not plan_figures.differences(kept, found)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -81,6 +95,15 @@ def test_the_docs_have_the_commands_and_what_they_said(docs):
       f"{kept['least_step_seconds']:.2f} s "
     )
     assert row in docs, row
+    if several:
+      between = kept["between_slices"]
+      seconds = between["least_seconds"], kept["least_step_seconds"]
+      row = (
+        f"| {model.upper()} | {topology} | "
+        f"{between['bytes_per_chip'] / 1e9:.2f} | "
+        f"{seconds[0]:.2f} s | {seconds[1]:.2f} s |"
+      )
+      assert row in docs, row
 
 
 def test_the_docs_list_the_collectives_of_the_72b_step(docs):
