@@ -3,9 +3,10 @@
 Not all of them are compiled: not those whose arguments, gradients and block
 inputs alone are larger than the memory; nor those that keep or compute more at
 once than one that did not fit, or would not fit if the rest of their memory
-grew with what they keep as that of others did; nor those whose operations alone
-take as long as the steps of enough that do fit. The others are, in the order of
-an estimate of their time, until their memory is laid out; code is made of none.
+grew with what they keep as that of others did; nor those that are slower than
+enough that fit: by their operations alone, or if the estimate of their time
+were as far off as that of others. The rest are, in the order of the estimate,
+until their memory is laid out; code is made of none.
 """
 
 import dataclasses
@@ -124,6 +125,8 @@ def search(
   too_large: list[Layout] = []
   laid_out: list[tuple[Layout, int]] = []
   least_seconds: list[float] = []
+  # Of these, over what they were estimated at.
+  ratios: list[float] = []
   num_compiles = 0
   for layout in candidates:
     if num_compiles == max_compiles:
@@ -133,8 +136,10 @@ def search(
       other.rules_out(layout) for other in too_large
     ):
       continue
-    faster = [s for s in least_seconds if s <= layout.compute_seconds]
-    if len(faster) >= NUM_BEST:
+    seconds = max(
+      layout.compute_seconds, layout.estimate_seconds * min(ratios, default=0.0)
+    )
+    if sum(other <= seconds for other in least_seconds) >= NUM_BEST:
       continue
     yield layout, None
     found = plan.make_plan(layout.config, slices, shapes, has_code=False)
@@ -144,6 +149,7 @@ def search(
       too_large.append(layout)
     elif found.bound is not None:
       least_seconds.append(found.bound.seconds)
+      ratios.append(found.bound.seconds / layout.estimate_seconds)
     yield layout, found
 
 
