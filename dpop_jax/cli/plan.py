@@ -117,11 +117,14 @@ def _search(config, slices, shapes) -> int:
   plans = plan_search.best_first([found for _, found in searched])
   print(f"{slices.topology}, batches {shapes.source}.")
   print(plan_text.table(plans))
-  print(_rest(len(searched), len(possible), stopped))
+  print(_rest(len(searched), len(possible), stopped), flush=True)
   is_interrupted = stopped == "interrupt"
   has_one = bool(plans) and plans[0].fits
   if has_one and not is_interrupted:
     _tell("Compiling the first of them to the end.")
+    # That hears of signals only when it is done: let them end it at once.
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.SIG_DFL)
     best = next(layout for layout, found in searched if found is plans[0])
     plans[0] = plan.make_plan(best.config, slices, shapes)
     print(f"\nThe first of them:\n\n{plan_text.describe(plans[0])}")
