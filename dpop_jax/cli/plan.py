@@ -151,7 +151,7 @@ def _rest(num_searched, num_possible, stopped) -> str:
   if stopped:
     return f"Stopped by {stopped}: {num} others may fit, and be faster."
   return (
-    f"Of the {num} others, none fits and can be faster than "
+    f"Of the {num} others, none is likely to fit and to be faster than "
     f"{plan_search.NUM_BEST} of these."
   )
 

@@ -163,7 +163,7 @@ def _likely_bytes(
     laid_out: Others, and what they took.
   """
   likely = [
-    # What goes with what is kept is at most in proportion to it.
+    # All else shrinks at most in proportion to what is kept.
     rest * min(1.0, layout.kept_bytes / other.kept_bytes)
     + max(0, layout.kept_bytes - other.kept_bytes)
     for other, num_bytes in laid_out
