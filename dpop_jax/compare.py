@@ -1,8 +1,8 @@
 """Trains several settings from one model on one set, and compares them.
 
 A workdir holds a folder for each setting and seed, `NAME_seed0`, with all that
-a run leaves, and finished.json once it has reached its end; tokens/ and
-compiled/, which all runs share; and the report.
+a run leaves, and finished.json once it has reached its end; tokens/, compiled/
+and reference/, which all runs share; and the report.
 """
 
 import contextlib
@@ -148,15 +148,24 @@ def _check(configs: Mapping[str, config_lib.Config], seeds: Sequence[int]):
 def _with_caches(
   config: config_lib.Config, folder: pathlib.Path
 ) -> config_lib.Config:
-  """Pairs are tokenised once, and a program is compiled once, for all runs."""
-  data, run = config.data, config.run
+  """What all runs need alike is made once, in folders of the comparison.
+
+  Pairs are tokenised, programs compiled, and the reference's log-probs computed
+  for all of them; those of a reference that is kept on the hosts are computed
+  in every step. What the config names stays.
+  """
+  data, run, reference = config.data, config.run, config.reference
   if data.cache_dir is None:
     data = dataclasses.replace(data, cache_dir=str(folder / "tokens"))
   if run.compilation_cache_dir is None:
     run = dataclasses.replace(
       run, compilation_cache_dir=str(folder / "compiled")
     )
-  return dataclasses.replace(config, data=data, run=run)
+  if reference.cache_dir is None and not reference.host_offload:
+    reference = dataclasses.replace(
+      reference, cache_dir=str(folder / "reference")
+    )
+  return dataclasses.replace(config, data=data, run=run, reference=reference)
 
 
 def _check_unchanged(config, place, loaded) -> None:

@@ -17,6 +17,7 @@ from dpop_jax import (
   compare,
   metric_writers,
   questions,
+  reference_cache,
   report,
   saved_config,
   sweeps,
@@ -61,10 +62,25 @@ def asked(folder):
 
 
 @pytest.fixture(scope="module")
-def done(configs, asked, tmp_path_factory):
+def scored():
+  """Of every batch that the reference scored: whether it was to check."""
+  return []
+
+
+@pytest.fixture(scope="module")
+def done(configs, asked, scored, tmp_path_factory):
   """A workdir with both losses and two seeds, and the study of it."""
   workdir = tmp_path_factory.mktemp("compared")
-  study = compare.compare(configs, str(workdir), seeds=[0, 1], questions=asked)
+  call = reference_cache._Scorer.__call__
+
+  def count(scorer, plan, step):
+    scored.append(plan.reference_logps is not None)
+    return call(scorer, plan, step)
+
+  with mock.patch.object(reference_cache._Scorer, "__call__", count):
+    study = compare.compare(
+      configs, str(workdir), seeds=[0, 1], questions=asked
+    )
   return workdir, study
 
 
@@ -117,6 +133,51 @@ def test_runs_share_tokens_and_what_is_compiled(done):
   # The pairs as one entry, and no run has its own.
   assert len([p for p in (workdir / "tokens").iterdir() if p.is_dir()]) == 1
   assert not list(workdir.glob("*_seed*/tokens"))
+
+
+def test_the_reference_is_scored_once_for_all_runs(done, scored):
+  workdir, _ = done
+  # Of 16 pairs to train on and 4 held out, each set is one batch.
+  assert scored.count(False) == 2
+  assert len(list((workdir / "reference").glob("*/key.json"))) == 2
+  # Every start checks some batches of both sets.
+  assert scored.count(True) >= 4 * 2
+
+
+def test_results_are_those_of_a_reference_in_the_step(done, configs, tmp_path):
+  config = configs[NAMES[1]]
+  assert config.reference.cache_dir is None
+  train.train(replaced(config, "run", seed=1), str(tmp_path))
+  alone, compared = (
+    metric_writers.read_metrics(place)
+    for place in (tmp_path, done[0] / f"{NAMES[1]}_seed1")
+  )
+  assert [r["step"] for r in alone] == [r["step"] for r in compared]
+  for one, other in zip(alone, compared, strict=True):
+    for name in ("logps/chosen", "logratios/rejected", "dpop/penalty", "loss"):
+      assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5)
+
+
+def test_runs_from_before_there_was_a_cache_are_done(copy, done, configs):
+  for path in copy.glob("*_seed*/config.json"):
+    saved = json.loads(path.read_text())
+    assert saved["reference"]["cache_dir"] == str(done[0] / "reference")
+    saved["reference"]["cache_dir"] = None
+    path.write_text(json.dumps(saved))
+  shutil.rmtree(copy / "reference")
+  with no_training():
+    again = compare.compare(configs, str(copy), seeds=[0, 1])
+  assert [run.records for run in again.runs] == [
+    run.records for run in done[1].runs
+  ]
+
+
+@pytest.mark.parametrize(
+  "given", [dict(cache_dir="kept"), dict(host_offload=True)]
+)
+def test_what_the_config_says_of_the_reference_stays(base, given, tmp_path):
+  config = replaced(base, "reference", **given)
+  assert compare._with_caches(config, tmp_path).reference == config.reference
 
 
 def test_the_same_call_again_does_nothing(done, configs, asked):
