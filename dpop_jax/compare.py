@@ -75,6 +75,7 @@ def compare(
   """
   _check(configs, seeds)
   folder = paths_lib.local(workdir, "--workdir")
+  paths_lib.check_folder(folder, "--workdir")
   # Two at once would take each other's runs for killed ones.
   with folder_locks.alone_in(folder, "comparing"):
     return _compare(configs, folder, seeds, questions, options, example)

@@ -84,6 +84,19 @@ def local(path: epath.PathLike, name: str) -> pathlib.Path:
   return pathlib.Path(path)
 
 
+def check_folder(path: epath.PathLike, name: str) -> None:
+  """Raises ValueError if there is a file where a folder is to be written to.
+
+  Args:
+    path: As the user has written it.
+    name: What the user calls it, such as `--out`.
+  """
+  if of(path).is_file():
+    raise ValueError(
+      f"{name} must be a folder, but {os.fspath(path)} is a file."
+    )
+
+
 def local_folder(path: epath.PathLike) -> pathlib.Path:
   """Where copies of what is in a remote folder are kept on this machine.
 

@@ -94,8 +94,7 @@ def check_same_run(config: config_lib.Config, workdir: str) -> list[str]:
     ValueError: Something else differs, so that it would be another run.
   """
   path = paths.of(workdir) / FILE_NAME
-  if paths.of(workdir).is_file():
-    raise ValueError(f"--workdir must be a folder, but {workdir} is a file.")
+  paths.check_folder(workdir, "--workdir")
   if checkpoints.newest(workdir) is None:
     return []
   if not path.exists():

@@ -256,6 +256,30 @@ def test_a_source_that_is_of_no_use_leaves_nothing_behind(
   assert not (tmp_path / "out").exists()
 
 
+def test_a_build_that_fails_while_it_writes_leaves_nothing_behind(
+  source, tmp_path
+):
+  with pytest.raises(ValueError, match="num_shots=21"):
+    build(source, tmp_path / "out", num_shots=21)
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "eval_out"])
+def test_a_file_in_the_place_of_a_folder_is_told_before_the_work(
+  source, tmp_path, name
+):
+  path = tmp_path / "file"
+  path.write_text("mine")
+  folders = {"out": tmp_path / "out", "eval_out": tmp_path / "eval"}
+  folders = {key: str(value) for key, value in folders.items()}
+  with pytest.raises(ValueError, match=f"^{name} must be a folder, but"):
+    build(source, num_eval_rows=3, **(folders | {name: str(path)}))
+  assert path.read_text() == "mine"
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "file", "source.jsonl"
+  ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [

@@ -72,10 +72,12 @@ _SEED = flags.DEFINE_integer(
 
 def main() -> None:
   # Slow to import.
-  from dpop_jax import model_folders
+  from dpop_jax import model_folders, paths
   from dpop_jax.data import dataset, plan
   from dpop_jax.inspection import findings, page, tables
 
+  # Before the work that it is the place for.
+  paths.check_folder(paths.local(_OUT.value, "--out"), "--out")
   tokenizer = _TOKENIZER.value
   if tokenizer is None and _MODEL.value is not None:
     tokenizer = model_folders.tokenizer(_MODEL.value)

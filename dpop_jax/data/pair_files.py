@@ -1,6 +1,7 @@
 """Pairs as files: shards of JSON lines, and a manifest of what made them."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -54,11 +55,13 @@ def write(
       f"pairs in {folder}; ask for fewer."
     )
   out, names = paths.of(folder), shard_names(num_shards)
-  old = set()
-  if out.is_dir():
+  old, is_new = set(), not out.exists()
+  if not is_new:
     old = {path.name for path in out.iterdir() if _SHARD.fullmatch(path.name)}
   files = []
   with contextlib.ExitStack() as stack:
+    if is_new and not paths.is_remote(out):
+      stack.push(functools.partial(_remove_after_error, out))
     for shard, name in enumerate(names):
       temporary = stack.enter_context(atomic_files.replacing(out / name))
       first, end = (len(tasks) * i // num_shards for i in (shard, shard + 1))
@@ -82,3 +85,10 @@ def write(
     out / sources.MANIFEST, json.dumps(whole, indent=2) + "\n"
   )
   return whole
+
+
+def _remove_after_error(folder, error_type, *_):
+  """Of a folder that was made for files which are not there then."""
+  if error_type is not None:
+    with contextlib.suppress(OSError):
+      folder.rmdir()

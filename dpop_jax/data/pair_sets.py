@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import dpop_jax
+from dpop_jax import paths
 from dpop_jax.data import (
   few_shot,
   hellaswag,
@@ -155,8 +156,12 @@ def build(
 
   Raises:
     FileNotFoundError: There is no such source.
-    ValueError: It cannot be used, or nothing in it gives a pair.
+    ValueError: It cannot be used, or nothing in it gives a pair; or there is a
+      file where a folder is to be written.
   """
+  for name in ("out", "eval_out"):
+    if getattr(config, name) is not None:
+      paths.check_folder(getattr(config, name), name)
   source = read_source(config.source)
   try:
     return _build(config, source, on_row)
