@@ -1,34 +1,31 @@
 r"""Does what inspect_pairs sees in one forward pass say how DPO will fail?
 
-  python benchmarks/diagnosis.py --workdir=runs/diagnosis --seed=0
+  python benchmarks/diagnosis.py --workdir=runs/diagnosis0 --seed=0
 
 trains the demo's model on the demo's sums, makes pairs of several kinds from
-such sums, lets `dpop_jax.inspection` read them with the model, trains DPO on
-each, and ranks both: by what was seen before, and by how far the log-prob of
-held-out chosen answers has fallen. The kinds:
+such sums (see diagnosis_pairs.py), lets `dpop_jax.inspection` read them with
+the model, trains DPO on each, with several draws of pairs, and ranks both: by
+what was seen before, and by how far the log-prob of held-out chosen answers has
+fallen. A setting is a kind of pairs and a model: `full`, the supervised one, or
+`half`, after a third of its steps. Beside it stands how well the falls of one
+half of the draws rank those of the other half, since nothing can foretell what
+does not repeat itself.
 
-  somewhere  the demo's: one wrong digit in one intermediate result
-  early      the same in the first one
-  late       the same in the last one
-  every      the same in every one: several edits
-  number     every digit of one intermediate result is wrong
-  carried    one wrong digit in the first one, and all that follows from it
-  other      the answer to another question: high edit distance
-  answer     one wrong digit in the final answer: hardly anything behind it
-
-each from the model at the end of supervised training (`full`) and after a third
-of it (`half`). What an earlier call has finished is not done again. The last
-line is JSON, which is also WORKDIR/diagnosis.json.
+What an earlier call has finished is not done again. The last line is JSON,
+which is also WORKDIR/diagnosis.json.
 """
 
 import importlib.util
 import json
 import pathlib
 
+import diagnosis_pairs
+import diagnosis_steps
+import diagnosis_training
 import numpy as np
 from absl import app, flags, logging
 
-from dpop_jax import atomic_files, metric_writers, sharding, train
+from dpop_jax import atomic_files, sharding, train
 from dpop_jax import config as config_lib
 from dpop_jax.data import arithmetic, dataset, jsonl
 from dpop_jax.inspection import condition as condition_lib
@@ -36,113 +33,30 @@ from dpop_jax.inspection import forward
 
 # Supervised steps.
 _STAGES = {"full": 750, "half": 250}
-_BATCH_SIZE = 16
-_NUM_TRAIN_PAIRS, _NUM_EVAL_PAIRS, _NUM_READ = 1920, 256, 256
-_ROW_LENGTH = 1664
+_BATCH_SIZE, _ROW_LENGTH = 16, 1023
+_EVAL_STEPS = (10, 20, 30, 40)
+_NUM_EVAL_PAIRS, _NUM_READ, _NUM_STEPPED = 128, 192, 96
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of everything.", required=True
 )
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of corpus, pairs, supervised and preference training."
+  "seed", 0, "Of the corpus, all pairs and the supervised training."
 )
 _CONFIG = flags.DEFINE_string(
   "config", "configs/demo.py", "File whose get_config takes the stage."
 )
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-4, "Of DPO.")
-_NUM_STEPS = flags.DEFINE_integer("num_steps", 100, "Of DPO.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 5e-5, "Of DPO.")
+_NUM_DRAWS = flags.DEFINE_integer(
+  "num_draws", 2, "Sets of pairs of each setting, an even number."
+)
 _SETTINGS = flags.DEFINE_list(
   "settings", None, "Such as full_early; all, if not given."
 )
 
 
-def _wrong_digit(rng, number: str, place: int | None = None) -> str:
-  if place is None:
-    place = int(rng.integers(len(number)))
-  digits = [
-    digit
-    for digit in "0123456789"
-    if digit != number[place] and not (place == 0 and digit == "0")
-  ]
-  wrong = digits[rng.integers(len(digits))]
-  return number[:place] + wrong + number[place + 1 :]
-
-
-def _wrong_result(rng, line: str) -> str:
-  left, result = line.rsplit("=", 1)
-  return f"{left}={_wrong_digit(rng, result)}"
-
-
-def _early(lines, example, config, rng):
-  return [_wrong_result(rng, lines[0]), *lines[1:]]
-
-
-def _late(lines, example, config, rng):
-  # The last two lines are the last addition and the answer.
-  i = len(lines) - 3
-  return [*lines[:i], _wrong_result(rng, lines[i]), *lines[i + 1 :]]
-
-
-def _somewhere(lines, example, config, rng):
-  return arithmetic.corrupt("\n".join(lines), rng).split("\n")
-
-
-def _every(lines, example, config, rng):
-  return [*(_wrong_result(rng, line) for line in lines[:-2]), *lines[-2:]]
-
-
-def _number(lines, example, config, rng):
-  i = int(rng.integers(len(lines) - 2))
-  left, result = lines[i].rsplit("=", 1)
-  for place in range(len(result)):
-    result = _wrong_digit(rng, result, place)
-  return [*lines[:i], f"{left}={result}", *lines[i + 1 :]]
-
-
-def _carried(lines, example, config, rng):
-  first = _wrong_result(rng, lines[0])
-  total = int(first.rsplit("=", 1)[1])
-  return [first, *arithmetic.solution((total, *example.terms[2:]))]
-
-
-def _other(lines, example, config, rng):
-  other = arithmetic.draw_sum(config, arithmetic.TRAIN, rng)
-  return other.completion.split("\n")
-
-
-def _answer(lines, example, config, rng):
-  number = lines[-1].removeprefix("Answer ")
-  return [*lines[:-1], f"Answer {_wrong_digit(rng, number)}"]
-
-
-_KINDS = {
-  "early": _early,
-  "late": _late,
-  "somewhere": _somewhere,
-  "every": _every,
-  "number": _number,
-  "carried": _carried,
-  "other": _other,
-  "answer": _answer,
-}
-
-
-def _pair_row(config, split, row_id, kind) -> dict[str, str]:
-  is_eval = split == arithmetic.EVAL
-  rng = np.random.default_rng(
-    [config.seed, 7, list(_KINDS).index(kind), is_eval, row_id]
-  )
-  example = arithmetic.draw_sum(config, split, rng)
-  lines = arithmetic.solution(example.terms)
-  return {
-    "prompt": example.prompt,
-    "chosen": example.completion,
-    "rejected": "\n".join(_KINDS[kind](lines, example, config, rng)),
-  }
-
-
 class _Study:
-  """One supervised run and what is made of it."""
+  """The supervised models of one seed and what is made of them."""
 
   def __init__(self, folder: pathlib.Path, seed: int, config_file: str):
     self._folder, self._seed = folder, seed
@@ -151,6 +65,21 @@ class _Study:
     spec.loader.exec_module(self._stages)
     self._corpus = arithmetic.ArithmeticConfig(seed=seed)
     self._paths = arithmetic.write_corpus(self._corpus, folder / "corpus")
+    self._trainer = diagnosis_training.Trainer(
+      self._configure(
+        "dpo",
+        {
+          "data.train": "-",
+          "run.num_steps": max(_EVAL_STEPS),
+          "optimizer.peak_learning_rate": _LEARNING_RATE.value,
+          "optimizer.schedule": "constant",
+          "optimizer.warmup_steps": 5,
+          "batch.batch_size": _BATCH_SIZE,
+          "batch.row_length": _ROW_LENGTH,
+          "batch.rows_per_microbatch": 2,
+        },
+      )
+    )
 
   def _configure(self, stage: str, values: dict) -> config_lib.Config:
     config = self._stages.get_config(stage)
@@ -164,77 +93,71 @@ class _Study:
     )
     return config_lib.from_config_dict(config)
 
-  def train_supervised(self) -> None:
-    config = self._configure(
-      "sft",
-      {
+  def supervise(self, stage: str) -> str:
+    """Trains a model to start from, unless that is done."""
+    num_steps = _STAGES[stage]
+    workdir = self._folder / f"sft{num_steps}"
+    if not (workdir / "checkpoints" / str(num_steps)).is_dir():
+      values = {
         "data.train": str(self._paths["sft_train"]),
-        "run.num_steps": max(_STAGES.values()),
-        "checkpoints.save_every_steps": min(_STAGES.values()),
-        "checkpoints.keep": len(_STAGES) + 2,
-      },
+        "run.num_steps": num_steps,
+      }
+      train.train(self._configure("sft", values), str(workdir))
+    return str(workdir)
+
+  def _pairs(self, kind: str, draw: int) -> dataset.Loaded:
+    """Pairs to train on, of one draw, and those held out for all draws."""
+    num_train = _BATCH_SIZE * max(_EVAL_STEPS)
+    paths = {}
+    for split, count, number in (
+      (arithmetic.TRAIN, num_train, draw),
+      (arithmetic.EVAL, _NUM_EVAL_PAIRS, 0),
+    ):
+      paths[split] = self._folder / "pairs" / f"{kind}_{split}_{number}.jsonl"
+      if not paths[split].exists():
+        rows = [
+          diagnosis_pairs.pair_row(self._corpus, split, kind, number, i)
+          for i in range(count)
+        ]
+        jsonl.write(paths[split], rows)
+    data = dataset.DataConfig(
+      train=str(paths[arithmetic.TRAIN]),
+      eval=str(paths[arithmetic.EVAL]),
+      tokenizer=str(self._paths["tokenizer"]),
     )
-    if not _is_done(self._folder / "sft", max(_STAGES.values())):
-      train.train(config, str(self._folder / "sft"))
-
-  def _pairs(self, kind: str, split: str) -> str:
-    path = self._folder / "pairs" / f"{kind}_{split}.jsonl"
-    count = {
-      arithmetic.TRAIN: _NUM_TRAIN_PAIRS,
-      arithmetic.EVAL: _NUM_EVAL_PAIRS,
-    }[split]
-    if not path.exists():
-      rows = [_pair_row(self._corpus, split, i, kind) for i in range(count)]
-      jsonl.write(path, rows)
-    return str(path)
-
-  def _start(self, stage: str) -> str:
-    return str(self._folder / "sft" / "checkpoints" / str(_STAGES[stage]))
+    return dataset.load(data, is_sft=False, row_length=_ROW_LENGTH)
 
   def predict(self, stage: str, kind: str) -> dict[str, float]:
-    """What inspect_pairs sees of the pairs to train on."""
-    model = forward.load(self._start(stage), mesh=sharding.MeshConfig())
-    data = dataset.DataConfig(
-      train=self._pairs(kind, arithmetic.TRAIN),
-      tokenizer=str(self._paths["tokenizer"]),
-      max_pairs=_NUM_READ,
-    )
-    loaded = dataset.load(data, is_sft=False, row_length=_ROW_LENGTH)
-    pairs = list(loaded.train)
-    logps = forward.token_logps(model, pairs, row_length=_ROW_LENGTH)
-    return scores(condition_lib.measure(pairs, logps))
+    """What inspect_pairs sees of the pairs, and what a first step does."""
+    path = self._folder / "predicted" / f"{stage}_{kind}.json"
+    if not path.exists():
+      model = forward.load(self.supervise(stage), mesh=sharding.MeshConfig())
+      loaded = self._pairs(kind, 0)
+      pairs, held_out = list(loaded.train)[:_NUM_READ], list(loaded.eval)
+      logps = forward.token_logps(model, pairs, row_length=_ROW_LENGTH)
+      found = scores(condition_lib.measure(pairs, logps))
+      found |= diagnosis_steps.falls(
+        model, pairs[:_NUM_STEPPED], held_out[:_NUM_STEPPED]
+      )
+      atomic_files.write_text(path, json.dumps(found))
+    return json.loads(path.read_text())
 
-  def fall(self, stage: str, kind: str) -> dict[str, float]:
-    """Trains DPO; log-ratios on held-out pairs at the end, in nats."""
-    name = f"dpo_{_LEARNING_RATE.value:g}_{_NUM_STEPS.value}"
-    workdir = self._folder / name / f"{stage}_{kind}"
-    config = self._configure(
-      "dpo",
-      {
-        "data.train": self._pairs(kind, arithmetic.TRAIN),
-        "data.eval": self._pairs(kind, arithmetic.EVAL),
-        "run.init_from": self._start(stage),
-        "run.num_steps": _NUM_STEPS.value,
-        "run.eval_every_steps": None,
-        "batch.batch_size": _BATCH_SIZE,
-        "optimizer.peak_learning_rate": _LEARNING_RATE.value,
-      },
-    )
-    if not _is_done(workdir, _NUM_STEPS.value):
-      train.train(config, str(workdir))
-    last = [
-      record
-      for record in metric_writers.read_metrics(workdir)
-      if record["split"] == "eval"
-    ][-1]
-    return {
-      "chosen": last["logratios/chosen"],
-      "rejected": last["logratios/rejected"],
-    }
-
-
-def _is_done(workdir: pathlib.Path, step: int) -> bool:
-  return (workdir / "checkpoints" / str(step)).is_dir()
+  def falls(self, stage: str, kind: str, draw: int) -> list[dict[str, float]]:
+    """Trains DPO; metrics on held-out pairs after each of _EVAL_STEPS."""
+    name = f"dpo_{_LEARNING_RATE.value:g}"
+    path = self._folder / name / f"{stage}_{kind}_{draw}.json"
+    if not path.exists():
+      loaded = self._pairs(kind, draw)
+      found = self._trainer.train(
+        self._trainer.load(self.supervise(stage)),
+        loaded.train,
+        loaded.eval,
+        seed=draw,
+        eval_steps=_EVAL_STEPS,
+      )
+      atomic_files.write_text(path, json.dumps(found))
+    found = json.loads(path.read_text())
+    return [found[str(step)] for step in _EVAL_STEPS]
 
 
 def scores(condition: condition_lib.Condition) -> dict[str, float]:
@@ -242,11 +165,11 @@ def scores(condition: condition_lib.Condition) -> dict[str, float]:
   down = condition.push_down_of_pairs().mean()
   up = condition.push_up_of_pairs().mean()
   return {
-    "share_of_tokens": float(condition.is_pushed_down.mean()),
     "push_down": float(down),
-    "net_push_down": float(down - up),
-    "share_of_push": float(down / (down + up)),
-    "look_ahead_fall": float(condition.falls.mean()),
+    "net_push": float(down - up),
+    "push_share": float(down / (down + up)),
+    "token_share": float(condition.is_pushed_down.mean()),
+    "look_ahead": float(condition.falls.mean()),
   }
 
 
@@ -260,41 +183,76 @@ def spearman(a, b) -> float:
   return float(np.corrcoef(*ranks)[0, 1])
 
 
+def _report(settings, predicted, curves) -> dict:
+  """Prints the tables; what they hold.
+
+  Args:
+    settings: Names.
+    predicted: Of each setting, values by name.
+    curves: [settings, draws, steps]; falls in nats.
+  """
+  falls = curves.mean(axis=1)
+  names = list(predicted[0])
+  print("falls after steps " + ", ".join(map(str, _EVAL_STEPS)))
+  for i in np.argsort(-falls[:, -1]):
+    print(
+      f"{settings[i]:15} "
+      + " ".join(f"{value:7.3f}" for value in falls[i])
+      + "  draws "
+      + " ".join(f"{value:7.3f}" for value in curves[i, :, -1])
+      + "  "
+      + " ".join(f"{name} {predicted[i][name]:.3f}" for name in names)
+    )
+  correlations = {}
+  for group in ("all", *_STAGES):
+    chosen = [
+      i
+      for i, name in enumerate(settings)
+      if group == "all" or name.startswith(group)
+    ]
+    if len(chosen) < 3:
+      continue
+    of_group = {}
+    for s, step in enumerate(_EVAL_STEPS):
+      halves = [curves[chosen, h::2, s].mean(axis=1) for h in (0, 1)]
+      of_group[step] = {"repeats": spearman(*halves)} | {
+        name: spearman([predicted[i][name] for i in chosen], falls[chosen, s])
+        for name in names
+      }
+      print(
+        f"Spearman, {group} {len(chosen)}, step {step}: "
+        + ", ".join(f"{name} {v:.2f}" for name, v in of_group[step].items())
+      )
+    correlations[group] = of_group
+  return {
+    "falls": dict(zip(settings, curves.tolist(), strict=True)),
+    "predicted": dict(zip(settings, predicted, strict=True)),
+    "spearman": correlations,
+  }
+
+
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   folder = pathlib.Path(_WORKDIR.value)
   study = _Study(folder, _SEED.value, _CONFIG.value)
-  study.train_supervised()
   settings = _SETTINGS.value or [
-    f"{stage}_{kind}" for kind in _KINDS for stage in _STAGES
+    f"{stage}_{kind}" for stage in _STAGES for kind in diagnosis_pairs.KINDS
   ]
-  rows = {}
+  predicted, curves = [], []
   for setting in settings:
     stage, kind = setting.split("_")
-    rows[setting] = {
-      "predicted": study.predict(stage, kind),
-      "real": study.fall(stage, kind),
-    }
-  names = list(next(iter(rows.values()))["predicted"])
-  print(
-    "setting          chosen  rejected " + " ".join(f"{n:>16}" for n in names)
-  )
-  for setting, row in sorted(
-    rows.items(), key=lambda item: item[1]["real"]["chosen"]
-  ):
-    real = row["real"]
-    print(
-      f"{setting:15} {real['chosen']:7.2f} {real['rejected']:9.2f} "
-      + " ".join(f"{row['predicted'][name]:16.3f}" for name in names)
+    predicted.append(study.predict(stage, kind))
+    curves.append(
+      [
+        [-m["logratios/chosen"] for m in study.falls(stage, kind, draw)]
+        for draw in range(_NUM_DRAWS.value)
+      ]
     )
-  falls = [-row["real"]["chosen"] for row in rows.values()]
-  correlations = {
-    name: spearman([row["predicted"][name] for row in rows.values()], falls)
-    for name in names
+  result = {
+    "seed": _SEED.value,
+    "learning_rate": _LEARNING_RATE.value,
+    **_report(settings, predicted, np.array(curves)),
   }
-  for name, value in correlations.items():
-    print(f"Spearman of {name} and fall: {value:.2f}")
-  result = {"seed": _SEED.value, "settings": rows, "spearman": correlations}
   atomic_files.write_text(
     folder / "diagnosis.json", json.dumps(result, indent=2) + "\n"
   )

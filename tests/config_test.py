@@ -57,7 +57,7 @@ def test_every_config_file_loads(name, tmp_path):
   assert f"--config=configs/{name}.py" in path.read_text() or name == "demo"
   # The demo fills its holes itself.
   paths = list(PATHS)
-  if name == "smaug_mixture":
+  if name in ("smaug_mixture", "smaug_cpu"):
     paths[0] = (
       "--config.data.train=('pairs.jsonl', 'pairs.jsonl', 'more.jsonl')"
     )

@@ -123,7 +123,26 @@ def test_the_mixture_is_the_run_of_its_size_with_other_data(size):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["paper_sets", "smaug_mixture"])
+def test_the_small_mixture_learns_its_answers_first(tmp_path):
+  model = tiny_runs.write_model(tmp_path / "model")
+  sft, dpop = (
+    read(
+      f"{CONFIGS_DIR}/smaug_cpu.py:{stage}", f"--config.run.init_from={model}"
+    )
+    for stage in ("sft", "dpop")
+  )
+  assert sft.loss == config_lib.LossConfig(name="sft")
+  assert (dpop.loss.name, dpop.loss.beta, dpop.loss.dpop_lambda) == (
+    "dpop", 0.3, 50.0
+  )  # fmt: skip
+  assert sft.model == dpop.model
+  mixture = read(f"{CONFIGS_DIR}/smaug_mixture.py", TOKENIZER).data
+  for config in (sft, dpop):
+    assert config.data.train == mixture.train
+    assert len(config.data.weights) == 3
+
+
+@pytest.mark.parametrize("name", ["paper_sets", "smaug_mixture", "smaug_cpu"])
 def test_another_set_or_size_is_an_error(name):
   with pytest.raises(flags.Error, match=f"configs/{name}.py has the"):
     read(f"{CONFIGS_DIR}/{name}.py:13b", TOKENIZER)
