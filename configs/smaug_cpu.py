@@ -35,7 +35,8 @@ def get_config(stage: str = "dpop") -> ml_collections.ConfigDict:
     data=dict(
       train=tuple(f"runs/pairs/{name}" for name in _SETS),
       weights=_WEIGHTS,
-      num_eval_pairs=16 if is_sft else 128,
+      # The same in both stages.
+      num_eval_pairs=128,
       max_length=512,
     ),
     batch=dict(batch_size=8, row_length=1024),

@@ -81,20 +81,39 @@ def test_a_certain_token_needs_an_endless_lambda():
   assert condition.summary(found)["lambda_needed"]["median"] is None
 
 
+def judge(found, head_step_fall=None):
+  summary = condition.summary(found) | {"head_step_fall": head_step_fall}
+  return verdict.of_model(summary)
+
+
+NOTHING_SHARED = condition.measure([pair([0], [1], [2])], [logps([0.5], [0.5])])
+
+
 def test_verdicts(found):
   # 0.6 down against 0.75 up is less than half.
-  assert verdict.of_model(condition.summary(found))["is_at_risk"] is False
+  assert judge(found)["is_at_risk"] is False
   at_risk = condition.measure(
     [pair([0], [4, 3, EOS], [5, 3, EOS])],
     [logps([0.95, 0.9, 0.99], [0.1, 0.2, 0.9])],
   )
-  result = verdict.of_model(condition.summary(at_risk))
+  result = judge(at_risk)
   assert result["is_at_risk"] is True
   assert result["dpop_lambda"] == 50.0
-  assert result["sentence"].startswith("At risk")
-  nothing = condition.measure([pair([0], [1], [2])], [logps([0.5], [0.5])])
-  result = verdict.of_model(condition.summary(nothing))
-  assert result["is_at_risk"] is False
+  assert result["sentence"].startswith("At risk of the paper's failure")
+  assert judge(NOTHING_SHARED)["is_at_risk"] is False
+
+
+@pytest.mark.parametrize("name", ["found", "nothing shared"])
+def test_a_step_of_the_output_layer_may_tell_of_another_risk(found, name):
+  which = found if name == "found" else NOTHING_SHARED
+  small = judge(which, 0.49)
+  assert small["is_at_risk"] is False
+  assert "takes 0.49 nats off" in small["sentence"]
+  large = judge(which, 0.5)
+  assert large["is_at_risk"] is True and large["dpop_lambda"] == 50.0
+  assert large["sentence"].startswith(
+    "At risk of losing chosen answers, if not"
+  )
 
 
 def test_a_lambda_above_the_papers_where_that_is_not_enough():
@@ -103,7 +122,7 @@ def test_a_lambda_above_the_papers_where_that_is_not_enough():
     [pair([0], [4, 3, 2, EOS], [5, 3, 2, EOS])],
     [logps([0.99, 0.999, 0.99, 0.9], [0.1, 0.1, 0.1, 0.9])],
   )
-  assert verdict.of_model(condition.summary(found))["dpop_lambda"] == 500.0
+  assert judge(found)["dpop_lambda"] == 500.0
 
 
 PAIRS = [

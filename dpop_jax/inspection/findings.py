@@ -15,6 +15,7 @@ from dpop_jax.inspection import (
 )
 from dpop_jax.inspection import (
   forward,
+  head_step,
   overlaps,
   pair_statistics,
   sharing,
@@ -152,6 +153,9 @@ def _read(pairs, texts, options, model):
     pair_ids=ids,
   )
   section = {"model": model.name, **condition_lib.summary(condition)}
+  section["head_step_fall"] = head_step.fall(
+    model, sample, row_length=options.batch.row_length
+  )
   return condition, section | {"worst_pairs": worst}
 
 

@@ -159,6 +159,13 @@ def condition(section: _Report) -> Table:
       f"{number(section['look_ahead_fall'].get('mean', 0.0))} nats a pair",
     )
   )
+  if section["head_step_fall"] is not None:
+    rows.append(
+      (
+        "fall of other chosen answers by a step of the output layer",
+        f"{number(section['head_step_fall'])} nats a pair",
+      )
+    )
   if needed["count"]:
     rows.append(
       (

@@ -10,6 +10,9 @@ from dpop_jax import report_text
 _SMALL_PUSH = 0.05
 # Share of what DPO does to right tokens that pushes them down.
 _HIGH_SHARE = 0.5
+# Nats that a step of the output layer takes off other pairs' chosen answers;
+# where models in docs/inspect_pairs.md lost a nat or two in 40 steps of DPO.
+_LARGE_FALL = 0.5
 _LOW_DISTANCE = 0.3
 # The lambda to set turns round at least this much of the push.
 _ENOUGH = 0.9
@@ -21,31 +24,37 @@ def of_model(condition: Mapping[str, Any]) -> dict[str, Any]:
 
   At risk is a set where DPO takes at least 0.05 off the probabilities of the
   right tokens of a pair, on average, and that is at least half of all it does
-  to right tokens.
+  to right tokens; or where a step of the output layer takes at least 0.5 nats
+  off the chosen answers of other pairs.
 
   Args:
-    condition: `condition.summary`.
+    condition: `condition.summary`, and `head_step_fall` (see `head_step.fall`).
 
   Returns:
     `is_at_risk`, `dpop_lambda` (what to set; None if no risk) and `sentence`.
   """
   down = condition["push_down_per_pair"].get("mean", 0.0)
   share = condition["share_of_push_down"]
+  fall = condition["head_step_fall"]
+  is_pushed = share is not None and down >= _SMALL_PUSH and share >= _HIGH_SHARE
+  falls = fall is not None and fall >= _LARGE_FALL
   if not condition["num_tokens"] or share is None:
-    return {
-      "is_at_risk": False,
-      "dpop_lambda": None,
-      "sentence": "Not at risk of the paper's failure: behind the edit no "
-      "token stands in both answers, so DPO has nothing to push the wrong way.",
-    }
-  facts = (
-    f"of the tokens behind the edit that both answers share "
-    f"({_number(condition['tokens_per_pair'])} a pair), DPO pushes "
-    f"{_percent(condition['share_of_tokens_pushed_down'])} down, by "
-    f"{_number(down)} of probability a pair in all, which is "
-    f"{_percent(share)} of what it does to right tokens"
-  )
-  if down < _SMALL_PUSH or share < _HIGH_SHARE:
+    facts = "behind the edit no token stands in both answers"
+    is_pushed = False
+  else:
+    facts = (
+      f"of the tokens behind the edit that both answers share "
+      f"({_number(condition['tokens_per_pair'])} a pair), DPO pushes "
+      f"{_percent(condition['share_of_tokens_pushed_down'])} down, by "
+      f"{_number(down)} of probability a pair in all, which is "
+      f"{_percent(share)} of what it does to right tokens"
+    )
+  if fall is not None:
+    facts += (
+      f"; a step of the output layer along DPO's gradient takes "
+      f"{_number(fall)} nats off the chosen answers of other pairs"
+    )
+  if not is_pushed and not falls:
     return {
       "is_at_risk": False,
       "dpop_lambda": None,
@@ -53,6 +62,15 @@ def of_model(condition: Mapping[str, Any]) -> dict[str, Any]:
       "do; watch logratios/chosen all the same.",
     }
   turned = condition["share_of_push_turned_round"]
+  if not is_pushed:
+    return {
+      "is_at_risk": True,
+      "dpop_lambda": float(_PAPERS_LAMBDA),
+      "sentence": "At risk of losing chosen answers, if not by the paper's "
+      f'condition: {facts}. Train with loss.name="dpop" and '
+      f"loss.dpop_lambda={_PAPERS_LAMBDA}, whose penalty acts on what has "
+      "become less likely for whatever reason.",
+    }
   name = _lambda(turned)
   return {
     "is_at_risk": True,
