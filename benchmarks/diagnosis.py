@@ -219,6 +219,10 @@ def _report(settings, predicted, curves) -> dict:
         name: spearman([predicted[i][name] for i in chosen], falls[chosen, s])
         for name in names
       }
+      if group == "all":
+        # What a column that knows nothing else would reach.
+        stages = [settings[i].startswith("half") for i in chosen]
+        of_group[step]["stage_alone"] = spearman(stages, falls[chosen, s])
       print(
         f"Spearman, {group} {len(chosen)}, step {step}: "
         + ", ".join(f"{name} {v:.2f}" for name, v in of_group[step].items())
