@@ -29,7 +29,7 @@ from dpop_jax import atomic_files, sharding, train
 from dpop_jax import config as config_lib
 from dpop_jax.data import arithmetic, dataset, jsonl
 from dpop_jax.inspection import condition as condition_lib
-from dpop_jax.inspection import forward
+from dpop_jax.inspection import forward, head_step
 
 # Supervised steps.
 _STAGES = {"full": 750, "half": 250}
@@ -136,7 +136,8 @@ class _Study:
       pairs, held_out = list(loaded.train)[:_NUM_READ], list(loaded.eval)
       logps = forward.token_logps(model, pairs, row_length=_ROW_LENGTH)
       found = scores(condition_lib.measure(pairs, logps))
-      found |= diagnosis_steps.falls(
+      found["head_step"] = head_step.fall(model, pairs, row_length=_ROW_LENGTH)
+      found["whole_step"] = diagnosis_steps.fall(
         model, pairs[:_NUM_STEPPED], held_out[:_NUM_STEPPED]
       )
       atomic_files.write_text(path, json.dumps(found))

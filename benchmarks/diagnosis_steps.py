@@ -1,8 +1,8 @@
-"""One large first step of DPO, of the output layer alone or of all parameters.
+"""One large first step of DPO, of all parameters.
 
-What lies between the forward pass of `dpop_jax.inspection` and a run of DPO:
-Adam's first step moves every parameter by the learning rate against the sign of
-its gradient, which is that of all pairs' log p(chosen) - log p(rejected).
+What lies between `dpop_jax.inspection`, with its step of the output layer, and
+a run of DPO: Adam's first step moves every parameter by the learning rate along
+the sign of its gradient, which is that of all margins.
 """
 
 import functools
@@ -18,19 +18,19 @@ from dpop_jax import pairs as pairs_lib
 from dpop_jax.inspection import forward, pair_rows
 from dpop_jax.models import decoder
 
-# By which every parameter that is moved is moved.
-_HEAD_STEP, _WHOLE_STEP = 0.03, 5e-4
+# By which every parameter is moved.
+_STEP = 5e-4
 # Scores of a row, so that all sets of pairs have rows of one shape.
 _MOST_SCORES = 1100
 _ROW_LENGTH = 1024
 
 
-def falls(
+def fall(
   model: forward.Model,
   train: Sequence[pairs_lib.TokenPair],
   held_out: Sequence[pairs_lib.TokenPair],
-) -> dict[str, float]:
-  """What the steps take off held-out chosen answers: nats a pair, by name.
+) -> float:
+  """What the step takes off held-out chosen answers, in nats a pair.
 
   Args:
     model: The model to move.
@@ -41,22 +41,14 @@ def falls(
   with jax.set_mesh(model.mesh):
     parts = [_gradient(params, rows, config) for rows, _ in _rows(train)]
     signs = jax.tree.map(lambda *leaves: jnp.sign(sum(leaves)), *parts)
-    rows_held_out = list(_rows(held_out))
-
-    def chosen_logp(params):
-      logps = [_chosen_logp(params, *rows, config) for rows in rows_held_out]
-      return sum(map(float, logps)) / len(held_out)
-
-    def moved(size):
-      return jax.tree.map(lambda x, sign: x + size * sign, params, signs)
-
-    name = "embedding" if config.tie_word_embeddings else "unembedding"
-    steps = {
-      "head_step": params | {name: moved(_HEAD_STEP)[name]},
-      "whole_step": moved(_WHOLE_STEP),
-    }
-    before = chosen_logp(params)
-    return {name: before - chosen_logp(step) for name, step in steps.items()}
+    moved = jax.tree.map(lambda x, sign: x + _STEP * sign, params, signs)
+    lost = 0.0
+    for rows in _rows(held_out):
+      before, after = (
+        float(_chosen_logp(each, *rows, config)) for each in (params, moved)
+      )
+      lost += before - after
+  return lost / len(held_out)
 
 
 def _rows(
