@@ -21,7 +21,7 @@ from dpop_jax.models import decoder
 # By which every parameter is moved.
 _STEP = 5e-4
 # Scores of a row, so that all sets of pairs have rows of one shape.
-_MOST_SCORES = 1100
+_MOST_SCORES = 1400
 _ROW_LENGTH = 1024
 
 

@@ -51,7 +51,7 @@ def of_model(condition: Mapping[str, Any]) -> dict[str, Any]:
     )
   if fall is not None:
     facts += (
-      f"; a step of the output layer along DPO's gradient takes "
+      f"; a large step of the output layer along DPO's gradient takes "
       f"{_number(fall)} nats off the chosen answers of other pairs"
     )
   if not is_pushed and not falls:
