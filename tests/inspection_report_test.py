@@ -6,8 +6,9 @@ import json
 import pytest
 import tiny_runs
 
+from dpop_jax import sharding
 from dpop_jax.data import dataset, plan
-from dpop_jax.inspection import findings, page, tables
+from dpop_jax.inspection import findings, forward, head_step, page, tables
 
 ROWS = [
   {"prompt": "ab", "chosen": "cd", "rejected": "ce"},
@@ -76,3 +77,27 @@ def test_summary_ends_in_the_verdict(found):
   text = tables.summary(found.report)
   assert text.endswith(found.report["verdict"]["sentence"])
   assert "refused: identical answers" in text
+
+
+def test_a_model_adds_a_section_and_the_verdict_takes_it_up(tmp_path):
+  data = dataset.DataConfig(
+    train=tiny_runs.write_rows(tmp_path / "train.jsonl", ROWS),
+    tokenizer=tiny_runs.write_tokenizer(tmp_path / "tokenizer.json"),
+    bos_token="^",
+    eos_token="$",
+  )
+  folder = tiny_runs.write_model(tmp_path / "model")
+  model = forward.load(folder, mesh=sharding.MeshConfig())
+  options = findings.Options(
+    batch=plan.BatchConfig(batch_size=2, row_length=32)
+  )
+  found = findings.gather(data, options, model)
+  section = found.report["condition"]
+  assert section["num_pairs"] == 4
+  pairs = list(dataset.load(data, is_sft=False, row_length=32).train)
+  expected = head_step.fall(model, pairs, row_length=32)
+  assert section["head_step_fall"] == pytest.approx(expected, rel=1e-5)
+  assert "large step of the output layer" in found.report["verdict"]["sentence"]
+  assert "step of the output layer" in tables.summary(found.report)
+  text = page.write(found, str(tmp_path / "out"))["report.html"].read_text()
+  assert "What DPO would do to right tokens" in text

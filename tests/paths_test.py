@@ -165,3 +165,11 @@ def test_tensorflow_is_never_asked_for():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
   assert done.stdout == "True\n"
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path):
+  paths.check_folder(tmp_path, "--out")
+  paths.check_folder(tmp_path / "new", "--out")
+  (tmp_path / "file").touch()
+  with pytest.raises(ValueError, match="^--out must be a folder, but .*file"):
+    paths.check_folder(tmp_path / "file", "--out")
