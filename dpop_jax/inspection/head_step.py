@@ -40,7 +40,8 @@ def fall(
 
   Args:
     model: The model.
-    pairs: With rejected answers; those at even places say where to step.
+    pairs: With rejected answers; those at even places say where to step. Those
+      of one prompt may be at both, which makes the fall smaller.
     row_length: Tokens of a row, into which each pair fits.
 
   Returns:
