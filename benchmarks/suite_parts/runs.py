@@ -23,6 +23,9 @@ _KEEPING_MEMORY = {
   "MALLOC_TRIM_THRESHOLD_": str(2**36),
   "MALLOC_TOP_PAD_": str(2**28),
 }
+# Large pages for everybody, where the system gives them to who asks. Clearing
+# small ones takes a tenth of the time of a step of small matrices.
+_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _TAIL_LINES = 3
 
 
@@ -195,7 +198,7 @@ def _kept(folder, order):
 def _environment(library):
   """Nobody asks a network."""
   environment = variables(is_ours=library == "ours")
-  environment |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+  environment |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | _LARGE_PAGES
   if library == "trl":
     environment |= _KEEPING_MEMORY
   return environment

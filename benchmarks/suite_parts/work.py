@@ -117,7 +117,7 @@ WORK = {
     model=Model(vocab_size=32_000),
     microbatch_pairs=4,
     pairs=4,
-    updates=3,
+    updates=6,
     row_length=768,
     bar=2.5,
   ),
