@@ -109,6 +109,7 @@ def test_a_step_of_the_output_layer_may_tell_of_another_risk(found, name):
   small = judge(which, 0.49)
   assert small["is_at_risk"] is False
   assert "takes 0.49 nats off" in small["sentence"]
+  assert "adds 0.25 nats to the" in judge(which, -0.25)["sentence"]
   large = judge(which, 0.5)
   assert large["is_at_risk"] is True and large["dpop_lambda"] == 50.0
   assert large["sentence"].startswith(

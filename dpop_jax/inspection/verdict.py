@@ -50,9 +50,12 @@ def of_model(condition: Mapping[str, Any]) -> dict[str, Any]:
       f"{_percent(share)} of what it does to right tokens"
     )
   if fall is not None:
+    what = f"takes {_number(fall)} nats off"
+    if fall < 0:
+      what = f"adds {_number(-fall)} nats to"
     facts += (
-      f"; a large step of the output layer along DPO's gradient takes "
-      f"{_number(fall)} nats off the chosen answers of other pairs"
+      f"; a large step of the output layer along DPO's gradient {what} the "
+      "chosen answers of other pairs"
     )
   if not is_pushed and not falls:
     return {
