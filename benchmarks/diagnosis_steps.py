@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpop_jax import logprobs
 from dpop_jax import pairs as pairs_lib
+from dpop_jax import steps
 from dpop_jax.inspection import forward, pair_rows
 from dpop_jax.models import decoder
 
@@ -39,51 +39,44 @@ def fall(
   """
   params, config = model.params, model.config
   with jax.set_mesh(model.mesh):
-    parts = [_gradient(params, rows, config) for rows, _ in _rows(train)]
+    parts = [
+      _gradient(params, rows._replace(pair_ids=[]), config)
+      for rows in _rows(train)
+    ]
     signs = jax.tree.map(lambda *leaves: jnp.sign(sum(leaves)), *parts)
     moved = jax.tree.map(lambda x, sign: x + _STEP * sign, params, signs)
     lost = 0.0
     for rows in _rows(held_out):
       before, after = (
-        float(_chosen_logp(each, *rows, config)) for each in (params, moved)
+        np.asarray(_logps(each, rows._replace(pair_ids=[]), config))
+        for each in (params, moved)
       )
-      lost += before - after
+      split = pair_rows.split(before - after, rows, held_out)
+      lost += sum(float(chosen.sum()) for _, chosen, _ in split)
   return lost / len(held_out)
 
 
-def _rows(
-  pairs: Sequence[pairs_lib.TokenPair],
-) -> Iterator[tuple[pair_rows.Rows, np.ndarray]]:
-  """Rows of one shape, and which of their scores are of chosen answers."""
+def _rows(pairs: Sequence[pairs_lib.TokenPair]) -> Iterator[pair_rows.Rows]:
+  """Rows of one shape."""
   for rows in pair_rows.batches(
     pairs, row_length=_ROW_LENGTH, rows_per_batch=1
   ):
-    is_chosen, place = np.zeros((1, _MOST_SCORES), bool), 0
-    for i in rows.pair_ids[0]:
-      is_chosen[0, place : place + len(pairs[i].chosen)] = True
-      place += len(pairs[i].chosen) + len(pairs[i].rejected)
     missing = _MOST_SCORES - rows.signs.shape[1]
     padded: Mapping[str, Any] = {
       name: np.pad(getattr(rows, name), ((0, 0), (0, missing)))
       for name in ("score_positions", "score_targets", "signs", "partners")
     }
-    yield rows._replace(pair_ids=[], **padded), is_chosen
+    yield rows._replace(**padded)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _logps(params, rows, config):
-  hidden, _ = decoder.Decoder(config).apply(
-    {"params": params}, rows.tokens, rows.positions, rows.visible_until
-  )
-  logps = logprobs.token_logps(
-    hidden,
+  return steps.token_logps(
+    steps.hidden_states(params, rows, config),
     decoder.unembedding(params, config),
-    rows.score_positions,
-    rows.score_targets,
-    rows.num_scores,
-    softcap=config.final_logit_softcapping,
+    rows,
+    config,
   )
-  counts = jnp.arange(logps.shape[1])[None] < rows.num_scores[:, None]
-  return jnp.where(counts, logps, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -91,8 +84,3 @@ def _logps(params, rows, config):
 def _gradient(params, rows, config):
   """Of the sum of the margins."""
   return (_logps(params, rows, config) * rows.signs).sum()
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _chosen_logp(params, rows, is_chosen, config):
-  return jnp.where(is_chosen, _logps(params, rows, config), 0.0).sum()

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpop_jax import logprobs, steps
 from dpop_jax import pairs as pairs_lib
+from dpop_jax import steps
 from dpop_jax.models import attention, decoder
 
 HEADS = ("answers", "full")
@@ -184,14 +184,9 @@ def _answer_logps(params, batch, config, head):
     visible_until,
   )
   if head == "answers":
-    return logprobs.token_logps(
-      hidden,
-      decoder.unembedding(params, config),
-      batch.score_positions,
-      batch.score_targets,
-      batch.num_scores,
-      softcap=config.final_logit_softcapping,
-    ).sum(axis=-1)
+    unembedding = decoder.unembedding(params, config)
+    logps = steps.token_logps(hidden, unembedding, batch, config)
+    return logps.sum(axis=-1)
   logits = decoder.logits(params, hidden, config)
   losses = optax.softmax_cross_entropy_with_integer_labels(
     logits, batch.targets

@@ -69,22 +69,56 @@ class StepReport(NamedTuple):
   learning_rate: jax.Array
 
 
-def region_logps(
-  params: Params, rows: pairs_lib.PackedBatch, config: decoder.DecoderConfig
+def hidden_states(
+  params: Params, rows: Any, config: decoder.DecoderConfig
 ) -> jax.Array:
-  """Log-prob of every answer by region: float32 [rows, pairs, 2, 3]."""
+  """What predicts the tokens of some rows: [rows, length, hidden].
+
+  Args:
+    params: Of the decoder.
+    rows: Has `tokens`, `positions` and `visible_until` as `pairs.PackedBatch`.
+    config: The decoder's.
+  """
   hidden, _ = decoder.Decoder(config).apply(
     {"params": params}, rows.tokens, rows.positions, rows.visible_until
   )
-  token_logps = logprobs.token_logps(
+  return hidden
+
+
+def token_logps(
+  hidden: jax.Array,
+  unembedding: jax.Array,
+  rows: Any,
+  config: decoder.DecoderConfig,
+) -> jax.Array:
+  """Log-prob of each scored token: float32 [rows, scores], 0 behind the last.
+
+  Args:
+    hidden: From `hidden_states`.
+    unembedding: The output embedding, [vocabulary, hidden].
+    rows: Has `score_positions`, `score_targets` and `num_scores` as
+      `pairs.PackedBatch`.
+    config: The decoder's.
+  """
+  return logprobs.token_logps(
     hidden,
-    decoder.unembedding(params, config),
+    unembedding,
     rows.score_positions,
     rows.score_targets,
     rows.num_scores,
     softcap=config.final_logit_softcapping,
   )
-  return pairs_lib.answer_logps(token_logps, rows)
+
+
+def region_logps(
+  params: Params, rows: pairs_lib.PackedBatch, config: decoder.DecoderConfig
+) -> jax.Array:
+  """Log-prob of every answer by region: float32 [rows, pairs, 2, 3]."""
+  hidden = hidden_states(params, rows, config)
+  unembedding = decoder.unembedding(params, config)
+  return pairs_lib.answer_logps(
+    token_logps(hidden, unembedding, rows, config), rows
+  )
 
 
 def score_step(

@@ -1,15 +1,14 @@
 """The paper's condition on probabilities given by hand, and of a model."""
 
-import functools
 import math
 
+import inspection_model
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_runs
+from inspection_model import PAIRS, pair
 
-from dpop_jax import pairs as pairs_lib
-from dpop_jax import sharding
 from dpop_jax.inspection import (
   condition,
   forward,
@@ -20,11 +19,6 @@ from dpop_jax.inspection import (
 from dpop_jax.models import decoder
 
 EOS = 9
-
-
-def pair(prompt, chosen, rejected):
-  ids = (np.array(x, np.int32) for x in (prompt, chosen, rejected))
-  return pairs_lib.TokenPair(*ids)
 
 
 def logps(chosen, rejected):
@@ -126,50 +120,17 @@ def test_a_lambda_above_the_papers_where_that_is_not_enough():
   assert judge(found)["dpop_lambda"] == 500.0
 
 
-PAIRS = [
-  pair([1, 3, 4], [5, 6, 2], [5, 7, 6, 2]),
-  pair([1, 8], [9, 2], [10, 11, 2]),
-  pair([1, 3], [4, 5, 6], [4, 5]),
-  pair([1, 12, 3, 4, 5], [6, 2], [7, 2]),
-]
-
-
 @pytest.fixture(scope="module")
 def model():
-  config = decoder.DecoderConfig(
-    **tiny_runs.SECTIONS["model"], initializer_range=0.5
-  )
-  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-  params = decoder.make_params(jax.random.key(0), config, mesh)
-  return forward.Model(params, config, mesh, "tiny")
+  return inspection_model.make()
 
 
 def expected_logps(model, prompt, answer):
   """By the decoder on one sequence, and a softmax over everything."""
-  tokens = np.concatenate([prompt, answer]).astype(np.int32)
-  # Of one length, so that it is compiled once.
-  row = np.zeros((1, 8), np.int32)
-  row[0, : len(tokens)] = tokens
-  places = np.arange(8, dtype=np.int32)[None]
-  visible = np.where(places < len(tokens), len(tokens), places)
-  logits = model_logits(model, row, places, visible)
+  states = inspection_model.states(model, prompt, answer)
+  logits = decoder.logits(model.params, jnp.asarray(states), model.config)
   logps = np.asarray(jax.nn.log_softmax(logits))
-  places = np.arange(len(prompt), len(tokens))
-  return logps[places - 1, tokens[places]]
-
-
-@functools.cache
-def compiled_logits(config):
-  def run(params, *row):
-    hidden, _ = decoder.Decoder(config).apply({"params": params}, *row)
-    return decoder.logits(params, hidden[0], config)
-
-  return jax.jit(run)
-
-
-def model_logits(model, *row):
-  with jax.set_mesh(model.mesh):
-    return compiled_logits(model.config)(model.params, *row)
+  return logps[np.arange(len(answer)), answer]
 
 
 def test_log_probs_of_packed_pairs_are_those_of_single_sequences(model):

@@ -9,9 +9,9 @@ import numpy as np
 
 from dpop_jax import (
   config_values,
-  logprobs,
   model_folders,
   sharding,
+  steps,
 )
 from dpop_jax import pairs as pairs_lib
 from dpop_jax.inspection import look_ahead, pair_rows
@@ -136,9 +136,7 @@ def token_logps(
 
 def _score(params, rows, *, config):
   """Log-probs [rows, scores] and their changes [rows, scores, sizes]."""
-  hidden, _ = decoder.Decoder(config).apply(
-    {"params": params}, rows.tokens, rows.positions, rows.visible_until
-  )
+  hidden = steps.hidden_states(params, rows, config)
   changes = look_ahead.changes(
     hidden,
     functools.partial(decoder.logits, params, config=config),
@@ -147,12 +145,5 @@ def _score(params, rows, *, config):
     rows.signs,
     rows.partners,
   )
-  logps = logprobs.token_logps(
-    hidden,
-    decoder.unembedding(params, config),
-    rows.score_positions,
-    rows.score_targets,
-    rows.num_scores,
-    softcap=config.final_logit_softcapping,
-  )
-  return logps, changes
+  unembedding = decoder.unembedding(params, config)
+  return steps.token_logps(hidden, unembedding, rows, config), changes

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpop_jax import logprobs, sharding
 from dpop_jax import pairs as pairs_lib
+from dpop_jax import sharding, steps
 from dpop_jax.inspection import forward, pair_rows
 from dpop_jax.models import decoder
 
@@ -54,15 +54,15 @@ def fall(
   config, params = model.config, model.params
   head = decoder.unembedding(params, config)
   batches = functools.partial(
-    _batches,
+    pair_rows.batches,
     row_length=row_length,
-    num_rows=sharding.num_row_shards(model.mesh),
+    rows_per_batch=sharding.num_row_shards(model.mesh),
   )
   with jax.set_mesh(model.mesh):
     gradient = jnp.zeros(head.shape, jnp.float32)
     total, count = 0.0, 0
-    for rows, _ in batches(made_for):
-      part, norms = _gradient(params, head, rows, config)
+    for rows in batches(made_for):
+      part, norms = _gradient(params, head, rows._replace(pair_ids=[]), config)
       gradient += part
       total += float(norms)
       count += int(rows.num_scores.sum())
@@ -71,48 +71,11 @@ def fall(
       return None
     moved = (head + SIZE * count / total * signs).astype(head.dtype)
     lost = 0.0
-    for rows, is_chosen in batches(others):
-      before, after = (
-        float(_chosen_logp(params, layer, rows, is_chosen, config))
-        for layer in (head, moved)
-      )
-      lost += before - after
+    for rows in batches(others):
+      losses = _losses(params, head, moved, rows._replace(pair_ids=[]), config)
+      split = pair_rows.split(np.asarray(losses), rows, others)
+      lost += sum(float(chosen.sum()) for _, chosen, _ in split)
   return lost / len(others)
-
-
-def _batches(pairs, *, row_length, num_rows):
-  """Rows, and which of their scores are of chosen answers."""
-  for rows in pair_rows.batches(
-    pairs, row_length=row_length, rows_per_batch=num_rows
-  ):
-    is_chosen = np.zeros(rows.signs.shape, bool)
-    for number, ids in enumerate(rows.pair_ids):
-      place = 0
-      for i in ids:
-        is_chosen[number, place : place + len(pairs[i].chosen)] = True
-        place += len(pairs[i].chosen) + len(pairs[i].rejected)
-    yield rows._replace(pair_ids=[]), is_chosen
-
-
-def _hidden(params, rows, config):
-  hidden, _ = decoder.Decoder(config).apply(
-    {"params": params}, rows.tokens, rows.positions, rows.visible_until
-  )
-  return hidden
-
-
-def _logps(hidden, head, rows, config):
-  """float32 [rows, scores]; 0 behind the last."""
-  logps = logprobs.token_logps(
-    hidden,
-    head,
-    rows.score_positions,
-    rows.score_targets,
-    rows.num_scores,
-    softcap=config.final_logit_softcapping,
-  )
-  counts = jnp.arange(logps.shape[1])[None] < rows.num_scores[:, None]
-  return jnp.where(counts, logps, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -122,10 +85,10 @@ def _gradient(params, head, rows, config):
   The norm is that of the sum of absolute values, which is what the sign of a
   gradient meets.
   """
-  hidden = _hidden(params, rows, config)
+  hidden = steps.hidden_states(params, rows, config)
   signs = rows.signs.astype(jnp.float32)
   gradient = jax.grad(
-    lambda head: (_logps(hidden, head, rows, config) * signs).sum()
+    lambda head: (steps.token_logps(hidden, head, rows, config) * signs).sum()
   )(head)
   norms = jnp.abs(hidden.astype(jnp.float32)).sum(-1)
   scored = jnp.take_along_axis(norms, rows.score_positions, axis=1)
@@ -134,6 +97,10 @@ def _gradient(params, head, rows, config):
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def _chosen_logp(params, head, rows, is_chosen, config):
-  logps = _logps(_hidden(params, rows, config), head, rows, config)
-  return jnp.where(is_chosen, logps, 0.0).sum()
+def _losses(params, head, moved, rows, config):
+  """What the scored tokens lose where the output layer moves, in nats."""
+  hidden = steps.hidden_states(params, rows, config)
+  before, after = (
+    steps.token_logps(hidden, layer, rows, config) for layer in (head, moved)
+  )
+  return before - after
